@@ -1,0 +1,2 @@
+"""odlkit: optimization-derived learning in PyTorch."""
+__version__ = "0.1.0"

@@ -1,0 +1,162 @@
+"""The task as an energy ``F(x) = f(x) + R(x)``: fidelity, prior, and the constants that theorems need.
+
+A fidelity has ``value``, ``grad``, ``prox`` and ``bounds``; a prior (see `odlkit.priors`) has ``value`` and ``prox``.  A
+problem without a prior is *partially defined*: its ``energy`` is not known and asking for it raises.
+
+Values are one float64 number for each item of the batch, shape ``(B,)``, because certificates compare differences that
+float32 sums would lose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from odlkit.operators import LinearMap, Stack, as_operator
+
+
+def sum_items(x: Tensor) -> Tensor:
+    """Sum each item of the batch in float64: ``(B, ...) -> (B,)``."""
+    return x.flatten(1).sum(1, dtype=torch.float64)
+
+
+def norm_items(x: Tensor) -> Tensor:
+    """Euclidean norm of each item in float64, without a gradient (it is a record): ``(B, ...) -> (B,)``."""
+    return sum_items(x.detach().to(torch.float64).square()).sqrt()
+
+
+class Prior(Protocol):
+    """A regulariser ``R`` with a computable proximal map."""
+
+    def value(self, x: Tensor) -> Tensor: ...
+    def prox(self, z: Tensor, step: Tensor | float) -> Tensor: ...
+
+
+class Fidelity(Protocol):
+    """A differentiable data term ``f``."""
+
+    def value(self, x: Tensor) -> Tensor: ...
+    def grad(self, x: Tensor) -> Tensor: ...
+    def prox(self, z: Tensor, step: Tensor | float) -> Tensor: ...
+
+    @property
+    def bounds(self) -> tuple[float, float]: ...
+
+
+class LeastSquares:
+    """``f(x) = (weight / 2) ||A x - y||^2``.
+
+    ``grad f = weight A^T (A x - y)``; ``bounds = weight (m, L)`` with ``m I <= A^T A <= L I``; ``prox`` solves
+    ``argmin f(x) + ||x - z||^2 / (2 step)`` through the operator's regularised solve.  With ``weight = 1 / sigma^2`` this is
+    the negative log-likelihood of Gaussian noise.  ``weight`` is a float or ``(B, 1, 1, 1)``.
+    """
+
+    def __init__(self, operator: LinearMap, y: Tensor, weight: Tensor | float = 1.0):
+        self.operator, self.y, self.weight = as_operator(operator), y, weight
+        self.back = self.operator.A_adjoint(y)  # A^T y, once
+
+    def value(self, x: Tensor) -> Tensor:
+        return 0.5 * sum_items(self.weight * (self.operator.A(x) - self.y).to(torch.float64).square())
+
+    def grad(self, x: Tensor) -> Tensor:
+        return self.weight * (self.operator.A_adjoint(self.operator.A(x)) - self.back)
+
+    def prox(self, z: Tensor, step: Tensor | float) -> Tensor:
+        rho = 1.0 / (self.weight * step)
+        return self.operator.solve(self.back + rho * z, rho)
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        low, high = self.operator.eigenvalue_range(self.back)
+        weight = torch.as_tensor(self.weight)
+        return low * weight.min().item(), high * weight.max().item()
+
+
+class LinkedGradient:
+    """Fidelity of an image gradient ``g``: ``f(g) = inf_x (weight / 2) (||A x - y||^2 + beta ||D x - g||^2)``.
+
+    Eq: PADNet (15), (16), with the factor 1/2 of (15).  The minimiser over x is the *link layer*
+    ``x(g) = (A^T A + beta D^T D)^-1 (A^T y + beta D^T g)``, solved in the Fourier domain; by the envelope theorem
+    ``grad f(g) = weight beta (g - D x(g))``, and ``0 <= f'' <= weight beta``.
+    """
+
+    def __init__(self, operator: LinearMap, gradient: LinearMap, y: Tensor, beta: float, weight: float = 1.0):
+        self.operator, self.gradient, self.y = as_operator(operator), as_operator(gradient), y
+        self.beta, self.weight = beta, weight
+        self.back = self.operator.A_adjoint(y)
+        self.normal = Stack(self.operator, beta**0.5 * self.gradient)  # type: ignore[operator]
+        self._denominators: dict[float, Tensor] = {}
+
+    def image(self, g: Tensor, beta: float | None = None) -> Tensor:
+        """The link layer ``x(g)``: ``(B, 2C, H, W) -> (B, C, H, W)``."""
+        beta = self.beta if beta is None else beta
+        if beta not in self._denominators:
+            left, right = self.operator.gram(self.back), self.gradient.gram(self.back)
+            if left is None or right is None:
+                raise TypeError("operator: the link layer needs circulant operators (Blur, Gradient, Identity)")
+            self._denominators[beta] = left + beta * right
+        rhs = self.back + beta * self.gradient.A_adjoint(g)
+        return torch.fft.irfft2(torch.fft.rfft2(rhs) / self._denominators[beta], s=rhs.shape[-2:])
+
+    def value(self, g: Tensor) -> Tensor:
+        x = self.image(g)
+        fit = sum_items((self.operator.A(x) - self.y).to(torch.float64).square())
+        return 0.5 * self.weight * (fit + self.beta * sum_items((self.gradient.A(x) - g).to(torch.float64).square()))
+
+    def grad(self, g: Tensor) -> Tensor:
+        return self.weight * self.beta * (g - self.gradient.A(self.image(g)))
+
+    def prox(self, z: Tensor, step: Tensor | float) -> Tensor:
+        # eliminate g = (beta D x + c z) / (beta + c), c = 1 / (weight step): a link layer with a softer beta
+        c = 1.0 / (self.weight * float(step))
+        x = self.image(z, self.beta * c / (self.beta + c))
+        return (self.beta * self.gradient.A(x) + c * z) / (self.beta + c)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return 0.0, self.weight * self.beta
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``F = f + R``; ``prior = None`` makes it partially defined.
+
+    ``lipschitz`` and ``strong_convexity`` are those of ``grad f`` and ``f``, computed from the operator.
+    """
+
+    fidelity: Fidelity
+    prior: Prior | None = None
+
+    @property
+    def lipschitz(self) -> float:
+        return self.fidelity.bounds[1]
+
+    @property
+    def strong_convexity(self) -> float:
+        return self.fidelity.bounds[0]
+
+    def energy(self, x: Tensor) -> Tensor:
+        """``F(x)``, float64, ``(B,)``.  Raises ``TypeError`` for a partially defined problem."""
+        return self.fidelity.value(x) + self._prior.value(x)
+
+    def prox_prior(self, z: Tensor, step: Tensor | float) -> Tensor:
+        """``argmin R(x) + ||x - z||^2 / (2 step)``."""
+        return self._prior.prox(z, step)
+
+    def residual(self, x: Tensor, step: float | None = None) -> Tensor:
+        """``||x - prox_{step R}(x - step grad f(x))|| / step`` at a fixed step (default 1/L): 0 at a critical point, ``(B,)``.
+
+        Measured at a step that does not depend on the iteration, so that no schedule can hide a lack of criticality.
+        """
+        step = step if step is not None else 1.0 / self.lipschitz
+        return norm_items(x - self.prox_prior(x - step * self.fidelity.grad(x), step)) / step
+
+    @property
+    def _prior(self) -> Prior:
+        if self.prior is None:
+            raise TypeError("problem: it has no prior, so its energy and its proximal map are not defined")
+        return self.prior

@@ -1,0 +1,1 @@
+"""Fitting: greedy, one unit at a time, and joint, through the iteration."""

@@ -1,0 +1,140 @@
+"""One training loop: seeded, resumable, with a progress bar and a record of how the weights were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def patches(images: Sequence[Tensor], batch: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draw ``(batch, C, size, size)`` random crops with random flips and quarter turns from ``(1, C, H, W)`` images."""
+    crops = []
+    for _ in range(batch):
+        draw = torch.randint(2**31, (6,), generator=generator).tolist()
+        image = images[draw[0] % len(images)]
+        top, left = draw[1] % (image.shape[-2] - size + 1), draw[2] % (image.shape[-1] - size + 1)
+        crop = image[..., top : top + size, left : left + size]
+        crop = torch.rot90(crop, draw[3] % 4, (-2, -1))
+        crops.append(crop.flip(-1) if draw[4] % 2 else crop)
+    return torch.cat(crops)
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    out: Path,
+    name: str,
+    seed: int = 0,
+    resume: bool = False,
+    warmup: int = 100,
+    save_every: int = 200,
+    validate: Callable[[], float] | None = None,
+    clip: float = 1.0,
+) -> dict:
+    """Minimise ``loss(generator)`` over ``model`` with Adam, linear warm-up and cosine decay to ``lr / 100``.
+
+    A checkpoint (weights, optimiser, step, generator state) is written to ``out / name.pt`` every ``save_every`` steps by
+    rename, so that an interrupted run is resumed exactly with ``resume=True``.  Returns a record of the run for the
+    weights' card.  Raises ``FloatingPointError`` when the loss stops being finite.
+    """
+    from tqdm import tqdm
+
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / f"{name}.pt"
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    start, spent, history = 0, 0.0, []
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+        start, spent, history = state["step"], state["seconds"], state["history"]
+    clock = time.monotonic()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    smooth = math.nan
+    for step in bar:
+        rate = min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimiser.param_groups:
+            group["lr"] = lr * rate
+        optimiser.zero_grad(set_to_none=True)
+        value = loss(generator)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}; lower the learning rate")
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimiser.step()
+        smooth = value.item() if math.isnan(smooth) else 0.99 * smooth + 0.01 * value.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            score = validate() if validate else math.nan
+            history.append([step + 1, round(smooth, 5), round(score, 3)])
+            tqdm.write(f"{name} step {step + 1}: loss {smooth:.5f}, validation {score:.3f} dB")
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "generator": generator.get_state(),
+                "step": step + 1,
+                "seconds": spent + time.monotonic() - clock,
+                "history": history,
+            }
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    return {
+        "steps": steps,
+        "seed": seed,
+        "learning_rate": lr,
+        "seconds": round(spent + time.monotonic() - clock),
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit(),
+        "history": history[-20:],
+        "validation_psnr": history[-1][2] if history else None,
+    }
+
+
+def hardware() -> str:
+    """The processor (and GPU, where one is used) in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
+
+
+def commit() -> str:
+    """The short hash of the checked-out commit, with ``+`` when the tree has changes; ``unknown`` outside git."""
+    try:
+        here = Path(__file__).parent
+        run = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return run("rev-parse", "--short", "HEAD").strip() + ("+" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def save_weights(model: nn.Module, path: Path, card: dict) -> None:
+    """Write ``path`` (.safetensors) and beside it the JSON card, which gets the file's SHA-256 and parameter count."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(path))
+    card = card | {
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")

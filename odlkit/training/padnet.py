@@ -1,0 +1,113 @@
+"""Recipes for PADNet's networks: a unit trained greedily as a denoiser, then jointly through the iteration.
+
+Greedy, as Algorithm 2 trains a unit (its target is the clean image, its input the image at noise level alpha); joint, as the
+paper's "one may further jointly fine-tune parameters of the whole network".  Data: train400 only, blurred by random kernels;
+no benchmark image and no benchmark kernel is seen.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from odlkit import data
+from odlkit.models.padnet import Implicit, Schedule
+from odlkit.networks import ConvUnit, ResidualNet, fold_batch_norm
+from odlkit.operators import Blur
+from odlkit.problem import LeastSquares, Problem
+from odlkit.propagate import iterate
+from odlkit.training.kernels import random_kernel
+from odlkit.training.loop import fit, patches, save_weights
+
+DEPTH, FIRST, BOUND = 8, 0.2, 3.0  # iterations trained through, alpha_0, and Condition 2's constant per pixel
+HELD_OUT = 12  # the last images of train400, for validation only
+
+
+def log_uniform(low: float, high: float, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` noise levels ``(count, 1, 1, 1)``, log-uniform between ``low`` and ``high``."""
+    return low * (high / low) ** torch.rand(count, 1, 1, 1, generator=generator)
+
+
+def psnr(x: Tensor, truth: Tensor) -> float:
+    """Plain PSNR in dB for data range 1, averaged over the batch."""
+    return -10 * torch.log10((x - truth).square().mean((1, 2, 3))).mean().item()
+
+
+def greedy(out: Path, resume: bool = False, steps: int = 3500, width: int = 64) -> ResidualNet:
+    """Train one `ConvUnit` with batch normalization to estimate noise, for every level alpha in [0.005, 0.25]."""
+    torch.manual_seed(0)
+    pictures = data.images("train400")
+    train, held = pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+    unit = ConvUnit(width=width, batch_norm=True)
+    net = ResidualNet([unit])
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 16, 64, generator)
+        alpha = log_uniform(0.005, 0.25, len(x), generator)
+        noise = torch.randn(x.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            estimate = unit(x + alpha * noise, alpha)
+        return (estimate.float() - noise).square().mean()
+
+    def validate() -> float:
+        net.eval()
+        with torch.no_grad():
+            noisy = [x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(held)]
+            score = sum(psnr(net(y, 0.05), x) for y, x in zip(noisy, held, strict=True)) / len(held)
+        net.train()
+        return score
+
+    fit(net, loss, steps=steps, lr=2e-3, out=out, name="padnet-greedy", resume=resume, validate=validate)
+    return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
+
+
+def unroll(net: ResidualNet, x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator, depth: int = DEPTH) -> list[Tensor]:
+    """Blur, add noise, and run ``depth`` iterations of IPADNet: the list of ``v^1 ... v^depth``, each ``(B, 1, H, W)``."""
+    blur = Blur(kernel)
+    y = blur.A(x)
+    y = y + sigma * torch.randn(y.shape, generator=generator)
+    step = Implicit(net, Schedule.between(FIRST, sigma, depth))
+    problem = Problem(LeastSquares(blur, y, sigma**-2))
+    return [state.x for state, _ in islice(iterate(step, problem, y), depth)]
+
+
+def joint(out: Path, resume: bool = False, steps: int = 9000, width: int = 64) -> None:
+    """Fine-tune through the iteration: blur, 0.3 to 3% noise, log mean squared error of the last and, lightly, earlier v^k."""
+    net = greedy(out, resume=True, width=width)
+    pictures = data.images("train400")
+    train, held = pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 4, 96, generator)
+        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None]
+        sigma = log_uniform(0.003, 0.03, len(x), generator)
+        with torch.autocast("cpu", torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
+            outputs = unroll(net, x, kernel, sigma, generator)
+        errors = [torch.log10((v.float() - x).square().mean((1, 2, 3)) + 1e-6).mean() for v in outputs]
+        early = errors[DEPTH // 2 : -1]
+        return errors[-1] + 0.1 * torch.stack(early).mean()
+
+    def validate() -> float:
+        scores = []
+        with torch.no_grad():
+            for i, x in enumerate(held):
+                generator = torch.Generator().manual_seed(i)
+                kernel = random_kernel(generator)[None, None]
+                scores.append(psnr(unroll(net, x, kernel, torch.full((1, 1, 1, 1), 0.01), generator)[-1], x))
+        return sum(scores) / len(scores)
+
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="padnet-image", resume=resume, validate=validate)
+    card = {
+        "name": "padnet-image",
+        "what": "IPADNet's network N_alpha on the image domain: one unit of seven convolutions, batch normalization folded",
+        "recipe": "odlkit train padnet-image",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
+        "network": {"unit": net.units[0].config, "bound": BOUND},
+        "schedule": {"first": FIRST, "depth": DEPTH, "last": "sigma"},
+    }
+    assert math.isfinite(record["validation_psnr"])
+    save_weights(net, out / "padnet-image.safetensors", card | record)
