@@ -74,6 +74,13 @@ class Operator:
         """Eigenvalues of ``A^T A`` for inputs like ``x`` on the ``rfft2`` half-plane, or ``None`` if not circulant."""
         return None
 
+    def normal(self, x: Tensor) -> Tensor:
+        """``A^T A x``, by two transforms where ``gram`` is known."""
+        gram = self.gram(x)
+        if gram is None:
+            return self.A_adjoint(self.A(x))
+        return torch.fft.irfft2(gram * torch.fft.rfft2(x), s=x.shape[-2:])
+
     def eigenvalue_range(self, x: Tensor) -> tuple[float, float]:
         """Bounds ``(m, L)`` with ``m I <= A^T A <= L I`` for inputs like ``x``; L is ``||A||^2``.
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odlkit.operators import LinearMap, Stack, as_operator
+from odlkit.operators import LinearMap, Operator, Stack, as_operator, conjugate_gradient
 
 
 def sum_items(x: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def sum_items(x: Tensor) -> Tensor:
 
 
 def norm_items(x: Tensor) -> Tensor:
-    """Euclidean norm of each item in float64, without a gradient (it is a record): ``(B, ...) -> (B,)``."""
-    return sum_items(x.detach().to(torch.float64).square()).sqrt()
+    """Euclidean norm of each item, without a gradient (it is a record): ``(B, ...) -> (B,)`` in float64."""
+    return torch.linalg.vector_norm(x.detach().flatten(1), dim=1).to(torch.float64)
 
 
 class Prior(Protocol):
@@ -51,23 +51,35 @@ class LeastSquares:
     """``f(x) = (weight / 2) ||A x - y||^2``.
 
     ``grad f = weight A^T (A x - y)``; ``bounds = weight (m, L)`` with ``m I <= A^T A <= L I``; ``prox`` solves
-    ``argmin f(x) + ||x - z||^2 / (2 step)`` through the operator's regularised solve.  With ``weight = 1 / sigma^2`` this is
-    the negative log-likelihood of Gaussian noise.  ``weight`` is a float or ``(B, 1, 1, 1)``.
+    ``argmin f(x) + ||x - z||^2 / (2 step)`` through the operator's regularised solve, and with ``through=W`` the splitting
+    step ``argmin f(x) + ||W x - z||^2 / (2 step)``.  With ``weight = 1 / sigma^2`` this is the negative log-likelihood of
+    Gaussian noise.  ``weight`` is a float or ``(B, 1, 1, 1)``.
     """
 
     def __init__(self, operator: LinearMap, y: Tensor, weight: Tensor | float = 1.0):
         self.operator, self.y, self.weight = as_operator(operator), y, weight
         self.back = self.operator.A_adjoint(y)  # A^T y, once
+        self._filter: tuple = (None, None)  # (what it was made for, 1 / (|A|^2 + rho |W|^2)): a fixed penalty divides once
 
     def value(self, x: Tensor) -> Tensor:
         return 0.5 * sum_items(self.weight * (self.operator.A(x) - self.y).to(torch.float64).square())
 
     def grad(self, x: Tensor) -> Tensor:
-        return self.weight * (self.operator.A_adjoint(self.operator.A(x)) - self.back)
+        return self.weight * (self.operator.normal(x) - self.back)
 
-    def prox(self, z: Tensor, step: Tensor | float) -> Tensor:
+    def prox(self, z: Tensor, step: Tensor | float, through: Operator | None = None) -> Tensor:
         rho = 1.0 / (self.weight * step)
-        return self.operator.solve(self.back + rho * z, rho)
+        rhs = self.back + rho * (z if through is None else through.A_adjoint(z))
+        gram = self.operator.gram(rhs)
+        other = torch.ones((), dtype=rhs.dtype, device=rhs.device) if through is None else through.gram(rhs)
+        if gram is None or other is None:
+            if through is None:
+                return self.operator.solve(rhs, rho)
+            return conjugate_gradient(lambda x: self.operator.normal(x) + rho * through.normal(x), rhs)
+        made_for = (rho if isinstance(rho, float) else None, through)
+        if made_for[0] is None or self._filter[0] != made_for:
+            self._filter = (made_for, 1.0 / (gram + rho * other))
+        return torch.fft.irfft2(torch.fft.rfft2(rhs) * self._filter[1], s=rhs.shape[-2:])
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
@@ -123,13 +135,15 @@ class LinkedGradient:
 
 @dataclass(frozen=True)
 class Problem:
-    """``F = f + R``; ``prior = None`` makes it partially defined.
+    """``F(x) = f(x) + R(W x)``; ``prior = None`` makes it partially defined, ``transform = None`` means ``W = I``.
 
-    ``lipschitz`` and ``strong_convexity`` are those of ``grad f`` and ``f``, computed from the operator.
+    ``lipschitz`` and ``strong_convexity`` are those of ``grad f`` and ``f``, computed from the operator.  With a transform
+    (a discrete gradient, say) ``R(W .)`` has no closed-form prox: use a splitting method, which never asks for it.
     """
 
     fidelity: Fidelity
     prior: Prior | None = None
+    transform: Operator | None = None
 
     @property
     def lipschitz(self) -> float:
@@ -141,17 +155,25 @@ class Problem:
 
     def energy(self, x: Tensor) -> Tensor:
         """``F(x)``, float64, ``(B,)``.  Raises ``TypeError`` for a partially defined problem."""
-        return self.fidelity.value(x) + self._prior.value(x)
+        return self.fidelity.value(x) + self._prior.value(x if self.transform is None else self.transform.A(x))
 
     def prox_prior(self, z: Tensor, step: Tensor | float) -> Tensor:
-        """``argmin R(x) + ||x - z||^2 / (2 step)``."""
+        """``argmin R(x) + ||x - z||^2 / (2 step)``, on ``W x`` when there is a transform."""
         return self._prior.prox(z, step)
+
+    def prox_fidelity(self, z: Tensor, step: Tensor | float) -> Tensor:
+        """``argmin f(x) + ||W x - z||^2 / (2 step)``."""
+        if self.transform is None:
+            return self.fidelity.prox(z, step)
+        return self.fidelity.prox(z, step, through=self.transform)  # type: ignore[call-arg]
 
     def residual(self, x: Tensor, step: float | None = None) -> Tensor:
         """``||x - prox_{step R}(x - step grad f(x))|| / step`` at a fixed step (default 1/L): 0 at a critical point, ``(B,)``.
 
         Measured at a step that does not depend on the iteration, so that no schedule can hide a lack of criticality.
         """
+        if self.transform is not None:
+            raise TypeError("problem: with a transform its proximal map, hence this residual, has no closed form")
         step = step if step is not None else 1.0 / self.lipschitz
         return norm_items(x - self.prox_prior(x - step * self.fidelity.grad(x), step)) / step
 

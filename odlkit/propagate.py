@@ -130,6 +130,7 @@ def propagate(
     truth: Tensor | None = None,
     measure: dict[str, Callable[[State], Any]] | None = None,
     energy: bool = True,
+    every: int = 1,
     blow_up: float = 1e6,
     raises: bool = True,
     progress: bool = False,
@@ -137,7 +138,8 @@ def propagate(
     """Run ``step`` from ``x0`` for at most ``steps`` iterations and record the trace.
 
     Stops early when ``||x^{k+1} - x^k|| <= tol ||x^k||`` on every item (PADNet, Algorithm 2, line 12).  ``measure`` adds
-    quantities of one's own to every row.  ``energy=False`` skips the energy, whose evaluation costs about one gradient.
+    quantities of one's own to every row.  ``energy=False`` skips the energy, whose evaluation costs about one gradient;
+    ``every=n`` looks at, records and tests only each n-th iterate (and the last).
     Raises `PropagationError` when an iterate is not finite or its norm exceeds ``blow_up`` times that of ``x0``
     (or of the data scale 1, if larger); with ``raises=False`` the result's status says so instead.
     """
@@ -155,9 +157,11 @@ def propagate(
 
         counter = tqdm(counter, desc=type(step).__name__, delay=1)
     with torch.no_grad():
-        for _ in counter:
+        for count in counter:
             previous = state.x
             state, record = step(problem, state)
+            if (count + 1) % every and count + 1 < steps:
+                continue
             row = {"change": norm_items(state.x - previous), "norm": norm_items(state.x), **record}
             trace.rows.append(row)
             if not bool(torch.isfinite(row["norm"]).all()):
@@ -177,7 +181,7 @@ def propagate(
             if relative <= tol:
                 status = Status.CONVERGED
                 break
-    result = Result(state.x, status, len(trace), relative, trace, state)
+    result = Result(state.x, status, state.k, relative, trace, state)
     if raises and status in (Status.DIVERGED, Status.NOT_FINITE):
-        raise PropagationError(f"{type(step).__name__}: {status.value} after {len(trace)} steps", result)
+        raise PropagationError(f"{type(step).__name__}: {status.value} after {state.k} steps", result)
     return result

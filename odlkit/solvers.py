@@ -1,0 +1,111 @@
+"""The classical solvers, as steps for `odlkit.propagate`: each is its update rule and nothing else.
+
+Step sizes left at ``None`` are taken from the problem's own Lipschitz constant, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from odlkit.problem import Problem
+from odlkit.propagate import Record, State
+
+
+@dataclass
+class GradientDescent:
+    """``x+ = x - tau grad f(x)``, ``tau < 2 / L`` (default ``1 / L``).  Ignores the prior."""
+
+    step_size: float | None = None
+
+    def init(self, problem: Problem, x0: Tensor) -> State:
+        return State(x0, aux={"step": self.step_size or 1 / problem.lipschitz})
+
+    def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
+        return state.next(state.x - state.aux["step"] * problem.fidelity.grad(state.x)), {}
+
+
+@dataclass
+class ProximalGradient:
+    """``x+ = prox_{tau R}(x - tau grad f(x))`` (ISTA for l1).
+
+    ``F`` falls for ``tau < 2 / L`` if R is convex and for ``tau < 1 / L`` whatever R is (default ``0.99 / L``).
+    """
+
+    step_size: float | None = None
+
+    def init(self, problem: Problem, x0: Tensor) -> State:
+        return State(x0, aux={"step": self.step_size or 0.99 / problem.lipschitz})
+
+    def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
+        tau = state.aux["step"]
+        return state.next(problem.prox_prior(state.x - tau * problem.fidelity.grad(state.x), tau)), {}
+
+
+@dataclass
+class FISTA:
+    """``x+ = prox_{tau R}(z - tau grad f(z))``, ``z+ = x+ + ((t - 1) / t+) (x+ - x)``, ``t+ = (1 + sqrt(1 + 4 t^2)) / 2``.
+
+    ``F(x^k) - F* <= 2 L ||x^0 - x*||^2 / (k + 1)^2`` for convex R (Beck and Teboulle 2009); default ``tau = 1 / L``.
+    """
+
+    step_size: float | None = None
+
+    def init(self, problem: Problem, x0: Tensor) -> State:
+        return State(x0, aux={"step": self.step_size or 1 / problem.lipschitz, "z": x0, "t": 1.0})
+
+    def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
+        tau, z, t = state.aux["step"], state.aux["z"], state.aux["t"]
+        x = problem.prox_prior(z - tau * problem.fidelity.grad(z), tau)
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        return state.next(x, z=torch.lerp(state.x, x, 1 + (t - 1) / t_next), t=t_next), {}
+
+
+@dataclass
+class Splitting:
+    """Alternate the fidelity and the prior on ``v = W x``, with a scaled dual ``nu`` or without.
+
+    ``x+ = argmin f(x) + (rho/2) ||W x - (v - nu)||^2``,  ``v+ = prox_{R / rho}(W x+ + nu)``,  ``nu+ = nu + W x+ - v+``.
+
+    With the dual this is ADMM; without it, half-quadratic splitting (HQS), which needs a growing ``rho`` to close the gap
+    between ``W x`` and ``v``.  With a ``denoiser`` called as ``denoiser(z, rho^{-1/2})`` in place of the prox it is
+    plug-and-play, which is the gradient of no known energy.  ``x`` is the image; without a transform it is ``v``, which is
+    exactly sparse.  The unscaled dual ``rho nu`` is carried over when ``rho`` grows.
+    """
+
+    penalty: float
+    growth: float = 1.0
+    dual: bool = True
+    denoiser: Callable[[Tensor, float], Tensor] | None = None
+
+    def init(self, problem: Problem, x0: Tensor) -> State:
+        v = x0 if problem.transform is None else problem.transform.A(x0)
+        return State(x0, aux={"v": v, "nu": torch.zeros_like(v)})
+
+    def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
+        rho, v, nu = min(self.penalty * self.growth**state.k, 1e24), state.aux["v"], state.aux["nu"]
+        x = problem.prox_fidelity(v - nu if self.dual else v, 1 / rho)
+        t = x if problem.transform is None else problem.transform.A(x)
+        t = t + nu if self.dual else t
+        v = problem.prox_prior(t, 1 / rho) if self.denoiser is None else self.denoiser(t, rho**-0.5)
+        if self.dual:
+            nu = (t - v) / self.growth if self.growth != 1.0 else t - v
+        return state.next(v if problem.transform is None else x, v=v, nu=nu), {}
+
+
+def ADMM(penalty: float, growth: float = 1.0) -> Splitting:
+    """The alternating direction method of multipliers: `Splitting` with the dual."""
+    return Splitting(penalty, growth, dual=True)
+
+
+def HQS(penalty: float, growth: float = 1.0) -> Splitting:
+    """Half-quadratic splitting: `Splitting` without the dual."""
+    return Splitting(penalty, growth, dual=False)
+
+
+def PlugAndPlay(denoiser: Callable[[Tensor, float], Tensor], penalty: float, growth: float = 1.0, dual: bool = False) -> Splitting:
+    """Naive plug-and-play: a denoiser takes the prior's place, with no condition on it and no guarantee."""
+    return Splitting(penalty, growth, dual=dual, denoiser=denoiser)
