@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odlkit.operators import LinearMap, Operator, Stack, as_operator, conjugate_gradient
+from odlkit.operators import LinearMap, Operator, as_operator, conjugate_gradient
 
 
 def sum_items(x: Tensor) -> Tensor:
@@ -70,6 +70,8 @@ class LeastSquares:
     def prox(self, z: Tensor, step: Tensor | float, through: Operator | None = None) -> Tensor:
         rho = 1.0 / (self.weight * step)
         rhs = self.back + rho * (z if through is None else through.A_adjoint(z))
+        if through is None and self.operator.unitary:
+            return self.operator.solve(rhs, rho)
         gram = self.operator.gram(rhs)
         other = torch.ones((), dtype=rhs.dtype, device=rhs.device) if through is None else through.gram(rhs)
         if gram is None or other is None:
@@ -100,19 +102,15 @@ class LinkedGradient:
         self.operator, self.gradient, self.y = as_operator(operator), as_operator(gradient), y
         self.beta, self.weight = beta, weight
         self.back = self.operator.A_adjoint(y)
-        self.normal = Stack(self.operator, beta**0.5 * self.gradient)  # type: ignore[operator]
-        self._denominators: dict[float, Tensor] = {}
 
     def image(self, g: Tensor, beta: float | None = None) -> Tensor:
         """The link layer ``x(g)``: ``(B, 2C, H, W) -> (B, C, H, W)``."""
         beta = self.beta if beta is None else beta
-        if beta not in self._denominators:
-            left, right = self.operator.gram(self.back), self.gradient.gram(self.back)
-            if left is None or right is None:
-                raise TypeError("operator: the link layer needs circulant operators (Blur, Gradient, Identity)")
-            self._denominators[beta] = left + beta * right
+        left, right = self.operator.gram(self.back), self.gradient.gram(self.back)  # kept by the operators
+        if left is None or right is None:
+            raise TypeError("operator: the link layer needs circulant operators (Blur, Gradient, Identity)")
         rhs = self.back + beta * self.gradient.A_adjoint(g)
-        return torch.fft.irfft2(torch.fft.rfft2(rhs) / self._denominators[beta], s=rhs.shape[-2:])
+        return torch.fft.irfft2(torch.fft.rfft2(rhs) / (left + beta * right), s=rhs.shape[-2:])
 
     def value(self, g: Tensor) -> Tensor:
         x = self.image(g)
