@@ -106,8 +106,8 @@ def joint(out: Path, resume: bool = False, steps: int = 9000, width: int = 64) -
         "what": "IPADNet's network N_alpha on the image domain: one unit of seven convolutions, batch normalization folded",
         "recipe": "odlkit train padnet-image",
         "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
-        "network": {"unit": net.units[0].config, "bound": BOUND},
-        "schedule": {"first": FIRST, "depth": DEPTH, "last": "sigma"},
+        "network": {"kind": "conv", "units": [unit.config for unit in net.units], "bound": BOUND},
+        "schedule": {"first": FIRST, "depth": DEPTH},  # the last alpha is the noise level
     }
     assert math.isfinite(record["validation_psnr"])
     save_weights(net, out / "padnet-image.safetensors", card | record)

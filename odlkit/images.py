@@ -1,0 +1,215 @@
+"""Pictures and kernels as files: read with their depth, channels and alpha known, written back the same way, whole or not at all.
+
+Pillow reads and writes everything except 16-bit colour, which it would silently cut to 8 bits: pypng (PNG) and tifffile
+(TIFF) do that.  Every refusal is a ``ValueError`` of one sentence that names the argument.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+SMALLEST = 3  # pixels a side: below this there is no picture to restore
+
+
+@dataclass
+class Picture:
+    """A picture and what is needed to write another one like it.
+
+    ``x`` is ``(1, C, H, W)`` float32 in [0, 1] with C = 1 or 3; ``alpha`` the ``(H, W)`` integers of the file or ``None``;
+    ``bits`` 8 or 16; ``info`` the EXIF block and colour profile, which are copied (pixels stay in their stored orientation).
+    """
+
+    x: Tensor
+    bits: int = 8
+    alpha: np.ndarray | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Height, width, channels, bits and alpha, for a report."""
+        channels, height, width = self.x.shape[1:]
+        return {"height": height, "width": width, "channels": channels, "bits": self.bits, "alpha": self.alpha is not None}
+
+
+def read(path: Path | str, name: str = "input") -> Picture:
+    """Read a PNG, JPEG, BMP or TIFF; gray or colour, 8 or 16 bit, palettes expanded, alpha set aside.
+
+    Raises ``ValueError`` naming ``name`` when the file is missing, empty, cut off, not a picture, or smaller than 3 x 3.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{name}: expected an image file, {path} does not exist or is not a file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name}: expected an image file, {path} is empty")
+    try:
+        array, info = _decode(path)
+    except Exception as error:  # decoders raise a dozen types on broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: expected a readable PNG, JPEG, BMP or TIFF image, {path} is not ({reason})") from error
+    array = array[..., None] if array.ndim == 2 else array
+    if min(array.shape[:2]) < SMALLEST:
+        raise ValueError(f"{name}: expected at least {SMALLEST}x{SMALLEST} pixels, {path} has {array.shape[0]}x{array.shape[1]}")
+    alpha = array[..., -1].copy() if array.shape[2] in (2, 4) else None
+    colour = array[..., : array.shape[2] - (alpha is not None)]
+    bits = 8 * array.dtype.itemsize
+    x = torch.from_numpy(colour.astype(np.float32) / (2**bits - 1)).permute(2, 0, 1)[None].contiguous()
+    return Picture(x, bits, alpha, info)
+
+
+def _decode(path: Path) -> tuple[np.ndarray, dict]:
+    """The pixels as ``(H, W)`` or ``(H, W, C)`` of uint8 or uint16, and the metadata worth keeping."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+            raise ValueError(f"it holds {picture.n_frames} pictures")  # type: ignore[attr-defined]
+        info = {key: picture.info[key] for key in ("exif", "icc_profile") if picture.info.get(key)}
+        if picture.format == "PNG" and picture.mode not in ("I;16", "I") and path.read_bytes()[24] == 16:
+            return _decode_png16(path), info
+        if picture.format == "TIFF" and picture.mode != "I;16B" and max(picture.tag_v2.get(258, (8,))) == 16:  # type: ignore[attr-defined]
+            import tifffile
+
+            return tifffile.imread(path).astype(np.uint16), info
+        if picture.mode.startswith("I"):
+            array = np.asarray(picture)
+            if array.min() < 0 or array.max() > 65535:
+                raise ValueError("its values exceed 16 bits")
+            return array.astype(np.uint16), info
+        if picture.mode == "F":
+            raise ValueError("it holds floating point values, expected 8 or 16 bits")
+        return np.asarray(_plain(picture)), info
+
+
+def _plain(picture):
+    """The picture in mode L, LA, RGB or RGBA; a palette of grays becomes L."""
+    alpha = "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "La", "RGBa")
+    if picture.mode in ("1", "L", "LA", "La"):
+        return picture.convert("LA" if alpha else "L")
+    colour = picture.convert("RGBA" if alpha else "RGB")
+    if picture.mode in ("P", "PA"):
+        planes = [np.asarray(band) for band in colour.split()[:3]]
+        if (planes[0] == planes[1]).all() and (planes[0] == planes[2]).all():
+            return colour.convert("LA" if alpha else "L")
+    return colour
+
+
+def _decode_png16(path: Path) -> np.ndarray:
+    import png
+
+    width, height, rows, info = png.Reader(filename=str(path)).asDirect()
+    return np.vstack([np.asarray(row, dtype=np.uint16) for row in rows]).reshape(height, width, info["planes"])
+
+
+def check_output(path: Path | str, picture: Picture, name: str = "output") -> Path:
+    """Raise ``ValueError`` before any work is done if ``path`` cannot hold a picture like this one."""
+    path = Path(path)
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{name}: expected a name that ends in {', '.join(SUFFIXES)}, got {path.name!r}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{name}: expected a folder that can be written to, got {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file name, {path} is a folder")
+    if kind in ("JPEG", "BMP") and (picture.bits == 16 or picture.alpha is not None):
+        what = "16 bits" if picture.bits == 16 else "an alpha channel"
+        raise ValueError(f"{name}: expected .png or .tif, since the input has {what} and {kind} has not")
+    return path
+
+
+def write(path: Path | str, x: Tensor, like: Picture) -> None:
+    """Write ``x`` ``(1, C, H, W)``, clamped to [0, 1] and rounded, with the depth, alpha and metadata of ``like``."""
+    path = check_output(path, like)
+    dtype = np.uint16 if like.bits == 16 else np.uint8
+    values = x[0].detach().cpu().to(torch.float64).clamp(0, 1).mul(2**like.bits - 1).round().permute(1, 2, 0)
+    array = values.numpy().astype(dtype)
+    if like.alpha is not None:
+        array = np.concatenate([array, like.alpha[..., None]], axis=2)
+    array = np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
+    kind = SUFFIXES[path.suffix.lower()]
+    with atomic(path) as handle:
+        if like.bits == 16 and array.ndim == 3 and kind == "PNG":
+            import png
+
+            height, width, planes = array.shape
+            png.Writer(width, height, bitdepth=16, greyscale=planes < 3, alpha=planes in (2, 4)).write(
+                handle, array.reshape(height, -1)
+            )
+        elif like.bits == 16 and array.ndim == 3:
+            import tifffile
+
+            photometric = "rgb" if array.shape[2] > 2 else "minisblack"
+            extra = ["unassalpha"] if like.alpha is not None else None
+            tifffile.imwrite(handle, array, photometric=photometric, extrasamples=extra, planarconfig="contig")
+        else:
+            from PIL import Image
+
+            options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+            Image.fromarray(array).save(handle, format=kind, **options, **({} if kind == "BMP" else like.info))
+
+
+class atomic:
+    """``with atomic(path) as handle``: a temporary file beside ``path`` that takes its name only if the block succeeds."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self):
+        self.handle = open(self.temporary, "w+b")  # noqa: SIM115  closed in __exit__
+        return self.handle
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.handle.close()
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def read_kernel(path: Path | str, name: str = "kernel") -> tuple[Tensor, str | None]:
+    """A convolution kernel ``(h, w)`` float64 with sum 1, centre at ``(h // 2, w // 2)``, from ``.npy`` or a picture.
+
+    The second value is a note when the sum was not 1, else ``None``.  Raises ``ValueError`` when the file is missing or
+    corrupt, has not two dimensions, holds NaN or infinity, or its sum is not positive.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{name}: expected a .npy file or an image, {path} does not exist or is not a file")
+    if path.suffix.lower() in SUFFIXES:
+        array = _decode_kernel_image(path, name)
+    else:
+        try:
+            array = np.load(path, allow_pickle=False)
+            array = np.asarray(array, dtype=np.float64) if array.dtype.kind in "biuf" else np.empty(0)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise ValueError(f"{name}: expected a .npy file or an image, {path} is neither ({reason})") from error
+    return normalised(array, name)
+
+
+def _decode_kernel_image(path: Path, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(_decode(path)[0], dtype=np.float64)
+    except Exception as error:
+        raise ValueError(f"{name}: expected a readable kernel image, {path} is not") from error
+    return array[..., : array.shape[2] - (array.shape[2] in (2, 4))].mean(2) if array.ndim == 3 else array
+
+
+def normalised(array: np.ndarray, name: str = "kernel") -> tuple[Tensor, str | None]:
+    """Check a kernel ``(h, w)`` and scale it to sum 1; the second value says what was done, or is ``None``."""
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name}: expected a two-dimensional array of real numbers, got shape {tuple(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    total = float(array.sum())
+    if not total > 1e-12 * np.abs(array).max(initial=0.0) * array.size or total == 0:
+        raise ValueError(f"{name}: expected numbers with a positive sum, got a sum of {total:.3g}")
+    note = None if abs(total - 1) < 1e-3 else f"{name}: its sum was {total:.6g}; it was normalised to 1"
+    return torch.from_numpy(array / total), note

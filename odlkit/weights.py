@@ -1,0 +1,49 @@
+"""The shipped networks: a ``.safetensors`` file and a JSON card each; the card says how to build, check and retrain them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from torch import nn
+
+from odlkit.networks import ConvUnit, RBFUnit, ResidualNet
+
+FOLDER = Path(__file__).with_name("weights")
+UNITS = {"conv": ConvUnit, "rbf": RBFUnit}
+
+
+def cards() -> dict[str, dict]:
+    """Name -> card: network, schedule, recipe, data, seed, steps, hardware, validation score, SHA-256."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def card(name: str) -> dict:
+    """The card of one network.  Raises ``ValueError`` when there is none of that name."""
+    path = FOLDER / f"{name}.json"
+    if path.parent != FOLDER or not path.is_file():
+        raise ValueError(f"weights: expected one of {', '.join(cards()) or '(none installed)'}, got {name!r}")
+    return json.loads(path.read_text())
+
+
+def load(name: str) -> nn.Module:
+    """The network ``N_alpha`` of that name on the CPU, float32, in evaluation mode; called as ``network(v, alpha)``.
+
+    ``card["network"]`` is ``{"kind": "conv" | "rbf", "units": [config, ...], "bound": float | None}``, the arguments of a
+    `ResidualNet`.  Raises ``ValueError`` for unknown names and for a file whose SHA-256 is not the card's.
+    """
+    from safetensors.torch import load as parse
+
+    about = card(name)
+    path = FOLDER / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"weights: expected {path.name} beside its card, it is missing")
+    blob = path.read_bytes()
+    if hashlib.sha256(blob).hexdigest() != about["sha256"]:
+        raise ValueError(f"weights: {path.name} does not have the SHA-256 that its card records")
+    network = about["network"]
+    unit = UNITS[network["kind"]]
+    model = ResidualNet([unit(**config) for config in network["units"]], bound=network["bound"])
+    model.load_state_dict(parse(blob))
+    return model.eval().requires_grad_(False)
