@@ -36,7 +36,7 @@ def chapters() -> list[Path]:
 def library_hash() -> str:
     """What a chapter's outputs depend on besides its text: odlkit's code and weights."""
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "odlkit").rglob("*.py"), *(ROOT / "odlkit" / "weights").glob("*.safetensors")]):
+    for path in sorted([*(ROOT / "odlkit").rglob("*.py"), *(ROOT / "odlkit" / "weights").glob("*.*")]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 
