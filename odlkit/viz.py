@@ -1,0 +1,166 @@
+"""Pictures and curves with one look: colour-blind safe, told apart by line style too, legible at phone width, on white.
+
+matplotlib is imported on first use.  The plots return its figures; `save` writes one with the numbers behind it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import product, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from odlkit.propagate import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
+LABELS = {"energy": "energy F", "change": "change of x", "error": "relative error", "norm": "norm of x"}
+LOOK: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "odlkit"}
+LOOK |= dict.fromkeys(["figure.facecolor", "axes.facecolor"], "white")  # black on white whatever the page's theme
+LOOK |= dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"], "black")
+
+
+def show(
+    images: Mapping[str, Tensor] | Sequence[Tensor], zoom: tuple[int, int, int] | None = None, columns: int = 3
+) -> Figure:
+    """Pictures side by side under their titles, at most ``columns`` in a row, clamped to [0, 1] and never rescaled.
+
+    Each is ``(1, C, H, W)``, ``(C, H, W)`` or ``(H, W)`` with C = 1 (gray) or 3.  ``zoom = (top, left, side)`` marks that
+    square in every picture and shows it enlarged, to three times its size or 45% of the picture, in the lower right corner.
+    Raises ``ValueError`` when there is no picture, a shape does not fit or the square is not inside a picture.
+    """
+    named = dict(images) if isinstance(images, Mapping) else {str(i): x for i, x in enumerate(images)}
+    if not named:
+        raise ValueError("images: expected at least one picture")
+    pictures = {title: _picture(title, x) for title, x in named.items()}
+    columns = min(max(columns, 1), len(named))
+    rows = -(-len(named) // columns)
+    height, width = next(iter(pictures.values())).shape[:2]
+    fig, axes = _subplots(rows, columns, (2.2 * columns, (2.2 * height / width + 0.35) * rows))
+    for ax, (title, picture) in zip(axes, pictures.items(), strict=False):
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        if isinstance(images, Mapping):
+            ax.set_title(title, fontsize=11)
+        if zoom is not None:
+            _inset(ax, picture, *zoom)
+    for ax in axes:
+        ax.set_axis_off()
+    return fig
+
+
+def curves(traces: Mapping[str, Trace], names: Sequence[str] = ("energy", "change"), item: int = 0) -> Figure:
+    """One panel a quantity, one line a trace, over the iterations of batch item ``item``; log scale where all is positive.
+
+    A quantity known at ``x0`` starts at iteration 0.  Steps whose proposal the control rejected carry a cross.  A trace that
+    did not record a quantity has no line in its panel.  Raises ``ValueError`` when no trace recorded a name.
+    """
+    absent = [name for name in names if not any(name in trace for trace in traces.values())]
+    if absent or not names:
+        raise ValueError(f"names: expected quantities that were recorded, got {absent or 'none'}")
+    fig, axes = _subplots(len(names), 1, (5, 2.6 * len(names)))
+    for ax, name in zip(axes, names, strict=True):
+        shown: list[float] = []
+        for i, (label, trace) in enumerate(traces.items()):  # a trace keeps its colour and style in all panels
+            if name in trace:
+                k, values, rejected = _line(trace, name, item)
+                look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.8}
+                ax.plot(k, values, label=label, marker="x" if rejected else None, markevery=rejected, **look)
+                shown += [v for v in values if math.isfinite(v)]
+        ax.set_yscale("log" if shown and min(shown) >= 0 < max(shown) else "linear")
+        ax.set_ylabel(LABELS.get(name, name))
+        ax.grid(alpha=0.3)
+    axes[-1].set_xlabel("iteration k")
+    if any(traces):
+        axes[0].legend(frameon=False)
+    return fig
+
+
+def show_trace(trace: Trace, item: int = 0) -> Figure:
+    """`curves` of one trace: energy, change and error, as far as they were recorded."""
+    return curves({"": trace}, [name for name in ("energy", "change", "error") if name in trace], item)
+
+
+def curve_data(traces: Mapping[str, Trace], names: Sequence[str] = ("energy", "change"), item: int = 0) -> dict[str, list]:
+    """The numbers that `curves` draws from the same arguments, as columns for `save`: iterations, values, rejected steps."""
+    columns: dict[str, list] = {}
+    for name, (label, trace) in product(names, traces.items()):
+        if name in trace:
+            k, values, rejected = _line(trace, name, item)
+            columns |= {f"{label} {name} k".strip(): k, f"{label} {name}".strip(): values}
+            columns |= {f"{label} rejected k".strip(): [k[i] for i in rejected]} if rejected else {}
+    return columns
+
+
+def save(fig: Figure, path: str | os.PathLike, data: Mapping[str, Sequence], alt: str) -> list[Path]:
+    """Write ``path`` (``.svg`` or ``.png``) and, beside it, a ``.csv`` with the columns of ``data``; returns both paths.
+
+    ``alt`` says in words what the figure shows; it is stored in the file as its description.  Raises ``ValueError`` for
+    an empty ``alt``, empty ``data`` or another ending.
+    """
+    path = Path(path)
+    if not alt.strip():
+        raise ValueError("alt: a figure is saved only with a text that says what it shows")
+    if not data:
+        raise ValueError("data: expected the columns behind the figure")
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"path: expected an ending .svg or .png, got {path.name!r}")
+    import matplotlib
+
+    with matplotlib.rc_context(LOOK):  # no date, fixed identifiers: the same figure gives the same file
+        date = {"Date": None} if path.suffix == ".svg" else {}
+        fig.savefig(path, dpi=160, metadata={"Description": alt, **date}, facecolor="white")
+    table = path.with_suffix(".csv")
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(data)
+        writer.writerows(zip_longest(*data.values(), fillvalue=""))
+    return [path, table]
+
+
+def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list]:
+    """A figure that pyplot has forgotten, so that a notebook shows it once: where it is returned."""
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(LOOK):
+        fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    plt.close(fig)
+    return fig, list(axes.flat)
+
+
+def _line(trace: Trace, name: str, item: int) -> tuple[list[int], list[float], list[int]]:
+    """Iterations, values, and the positions in both at which a proposal was rejected."""
+    first = 0 if name in trace.start else 1
+    values = (trace[name] if first else trace.with_start(name))[:, item].tolist()
+    kept = trace["accepted"][:, item].tolist() if "accepted" in trace else []
+    return list(range(first, first + len(values))), values, [k + 1 - first for k, yes in enumerate(kept) if yes == 0]
+
+
+def _picture(title: str, x: Tensor):
+    while x.dim() > 3 and x.shape[0] == 1:
+        x = x[0]
+    x = x[None] if x.dim() == 2 else x
+    if x.dim() != 3 or x.shape[0] not in (1, 3):
+        raise ValueError(f"images: {title!r}: expected shape (1, C, H, W) with C = 1 or 3, got {tuple(x.shape)}")
+    picture = x.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    return picture[..., 0] if picture.shape[-1] == 1 else picture
+
+
+def _inset(ax: Any, picture: Any, top: int, left: int, side: int) -> None:
+    height, width = picture.shape[:2]
+    if min(top, left) < 0 or side < 1 or top + side > height or left + side > width:
+        raise ValueError(f"zoom: the square {(top, left, side)} is not inside a picture of {height}x{width}")
+    shown = min(3 * side, 0.45 * min(height, width))
+    inset = ax.inset_axes((1 - shown / width, 0, shown / width, shown / height))
+    inset.imshow(picture[top : top + side, left : left + side], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    inset.set(xticks=[], yticks=[])
+    for spine in inset.spines.values():
+        spine.set(visible=True, color=COLOURS[1], linewidth=1.5)
+    ax.indicate_inset((left - 0.5, top - 0.5, side, side), edgecolor=COLOURS[1], linewidth=1.2, alpha=1)
