@@ -108,7 +108,7 @@ def image(path: Path | str, gray: bool = False) -> Tensor:
     from PIL import Image
 
     with Image.open(path) as picture:
-        as_is = not gray and picture.mode in ("L", "RGB")
+        as_is = picture.mode.startswith("I;16") or (not gray and picture.mode in ("L", "RGB"))  # PIL would clip 16 bits
         return to_tensor(np.array(picture if as_is else picture.convert("L" if gray else "RGB")))
 
 

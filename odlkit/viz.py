@@ -28,9 +28,7 @@ LOOK |= dict.fromkeys(["figure.facecolor", "axes.facecolor"], "white")  # black 
 LOOK |= dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"], "black")
 
 
-def show(
-    images: Mapping[str, Tensor] | Sequence[Tensor], zoom: tuple[int, int, int] | None = None, columns: int = 3
-) -> Figure:
+def show(images: Mapping[str, Tensor] | Sequence[Tensor], zoom: Sequence[int] | None = None, columns: int = 3) -> Figure:
     """Pictures side by side under their titles, at most ``columns`` in a row, clamped to [0, 1] and never rescaled.
 
     Each is ``(1, C, H, W)``, ``(C, H, W)`` or ``(H, W)`` with C = 1 (gray) or 3.  ``zoom = (top, left, side)`` marks that
@@ -67,6 +65,8 @@ def curves(traces: Mapping[str, Trace], names: Sequence[str] = ("energy", "chang
         raise ValueError(f"names: expected quantities that were recorded, got {absent or 'none'}")
     fig, axes = _subplots(len(names), 1, (5, 2.6 * len(names)))
     for ax, name in zip(axes, names, strict=True):
+        if ax is not axes[-1]:
+            ax.sharex(axes[-1])
         shown: list[float] = []
         for i, (label, trace) in enumerate(traces.items()):  # a trace keeps its colour and style in all panels
             if name in trace:
@@ -78,7 +78,7 @@ def curves(traces: Mapping[str, Trace], names: Sequence[str] = ("energy", "chang
         ax.set_ylabel(LABELS.get(name, name))
         ax.grid(alpha=0.3)
     axes[-1].set_xlabel("iteration k")
-    if any(traces):
+    if any(traces):  # a trace without a name needs no legend
         axes[0].legend(frameon=False)
     return fig
 
@@ -119,9 +119,7 @@ def save(fig: Figure, path: str | os.PathLike, data: Mapping[str, Sequence], alt
         fig.savefig(path, dpi=160, metadata={"Description": alt, **date}, facecolor="white")
     table = path.with_suffix(".csv")
     with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(data)
-        writer.writerows(zip_longest(*data.values(), fillvalue=""))
+        csv.writer(file).writerows([list(data), *zip_longest(*data.values(), fillvalue="")])
     return [path, table]
 
 
@@ -144,10 +142,8 @@ def _line(trace: Trace, name: str, item: int) -> tuple[list[int], list[float], l
 
 
 def _picture(title: str, x: Tensor):
-    while x.dim() > 3 and x.shape[0] == 1:
-        x = x[0]
-    x = x[None] if x.dim() == 2 else x
-    if x.dim() != 3 or x.shape[0] not in (1, 3):
+    x = x[None] if x.dim() == 2 else x[0] if x.dim() == 4 and len(x) == 1 else x
+    if x.dim() != 3 or len(x) not in (1, 3):
         raise ValueError(f"images: {title!r}: expected shape (1, C, H, W) with C = 1 or 3, got {tuple(x.shape)}")
     picture = x.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     return picture[..., 0] if picture.shape[-1] == 1 else picture

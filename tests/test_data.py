@@ -130,7 +130,11 @@ def test_image_reads_gray_colour_and_16_bit(tmp_path):
     red = data.image(tmp_path / "red.png")
     assert red.shape == (1, 3, 4, 5) and red[0, :, 0, 0].tolist() == [1, 0, 0]
     assert data.image(tmp_path / "red.png", gray=True)[0, 0, 0, 0].item() == pytest.approx(76 / 255)  # 0.299 * 255 rounded
-    assert data.to_tensor(np.full((2, 2), 65535, np.uint16)).max() == 1
+    deep = np.array([[0, 1000], [30000, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for gray in (True, False):
+        read = data.image(tmp_path / "deep.png", gray=gray)
+        assert read.shape == (1, 1, 2, 2) and read.flatten().tolist() == pytest.approx((deep.flatten() / 65535).tolist())
 
 
 def test_levin_pairs_are_unit_images_with_normalised_odd_kernels(levin):

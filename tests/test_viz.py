@@ -66,6 +66,7 @@ def test_curves_lines_labels_and_scale():
     assert admm.get_xdata().tolist() == [0, 1, 2, 3] and admm.get_ydata().tolist() == [8, 4, 2, 1]
     assert padnet.get_xdata().tolist() == [1, 2]
     assert admm.get_linestyle() != padnet.get_linestyle() and admm.get_color() != padnet.get_color()
+    assert energy.get_xlim() == change.get_xlim()
     assert fig.get_facecolor() == (1, 1, 1, 1)
 
 
