@@ -29,7 +29,8 @@ TIMEOUT = 300  # seconds a cell; the aim is 90 for a whole chapter
 
 def chapters() -> list[Path]:
     """The sources of executed pages: Markdown files under book/ with a jupytext header."""
-    return sorted(p for p in BOOK.rglob("*.md") if re.match(r"---\n(?:(?!---).*\n)*?jupytext:", p.read_text(encoding="utf-8")))
+    header = re.compile(r"---\n(?:(?!---).*\n)*?jupytext:")
+    return sorted(path for path in BOOK.rglob("*.md") if header.match(path.read_text(encoding="utf-8")))
 
 
 @cache
@@ -73,9 +74,8 @@ def execute(source: Path) -> float:
     notebook, begun, mark = read(source), time.perf_counter(), stamp(source)
     # No data folder: a chapter runs on what ships with the packages, so that every reader gets the same outputs.
     env = {k: v for k, v in os.environ.items() if k != "ODLKIT_DATA"} | {"OMP_NUM_THREADS": "1"}
-    client = NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_name="python3", record_timing=False, resources={"metadata": {"path": source.parent}}
-    )
+    folder = {"metadata": {"path": source.parent}}
+    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", record_timing=False, resources=folder)
     client.execute(env=env)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
