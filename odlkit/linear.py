@@ -118,31 +118,31 @@ class Operator:
         return Scaled(self, factor)
 
 
-def largest_eigenvalue(matvec, x: Tensor, steps: int = 60, seed: int = 0) -> float:
+def largest_eigenvalue(matvec, x: Tensor, steps: int = 100, rtol: float = 1e-6, seed: int = 0) -> float:
     """Upper estimate of the largest eigenvalue of a symmetric positive semidefinite ``matvec`` on tensors like ``x``.
 
-    Lanczos with its sums in float64: the top Ritz value plus its residual norm plus the round-off of ``x``'s dtype.  The
-    Ritz value never exceeds the eigenvalue, and the residual covers what is missing unless the start vector is nearly
-    orthogonal to the top eigenvector.  No vectors are kept: lost orthogonality only repeats eigenvalues already found.
+    Lanczos with its sums in float64, until the residual of the top Ritz pair is below ``rtol`` or for ``steps`` products;
+    the Ritz value plus its residual norm plus the round-off of ``x``'s dtype.  The Ritz value never exceeds the eigenvalue,
+    and the residual covers what is missing unless the start vector is nearly orthogonal to the top eigenvector.
     """
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-    q, before, beta = q / q.norm(), torch.zeros_like(q), 0.0
-    alphas: list[float] = []
-    betas: list[float] = []
+    q, before, beta, top, missing = q / q.norm(), torch.zeros_like(q), 0.0, 0.0, 0.0
+    diagonal: list[float] = []
+    off: list[float] = []
     for _ in range(min(steps, q.numel())):
         w = matvec(q.to(x.dtype)).to(torch.float64) - beta * before
-        alphas.append((w * q).sum().item())
-        w = w - alphas[-1] * q
+        diagonal.append((w * q).sum().item())
+        w = w - diagonal[-1] * q
         beta = w.norm().item()
-        betas.append(beta)
-        if beta <= 1e-12 * max(map(abs, alphas)):  # an invariant subspace: its eigenvalues are exact
+        side = torch.tensor(off, dtype=torch.float64)
+        ritz, vectors = torch.linalg.eigh(torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + side.diag(1) + side.diag(-1))
+        top, missing = ritz[-1].item(), beta * abs(vectors[-1, -1].item())
+        if missing <= rtol * top:
             break
+        off.append(beta)
         before, q = q, w / beta
-    off = torch.tensor(betas[:-1], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(torch.diag(torch.tensor(alphas, dtype=torch.float64)) + off.diag(1) + off.diag(-1))
-    top = values[-1].item()
-    return top * (1 + 8 * torch.finfo(x.dtype).eps) + abs(betas[-1] * vectors[-1, -1].item())
+    return top * (1 + 8 * torch.finfo(x.dtype).eps) + missing
 
 
 class Scaled(Operator):

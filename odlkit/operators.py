@@ -334,7 +334,7 @@ class BlockSampling(Operator):
     """Compressive sensing of non-overlapping blocks: ``y = Phi vec(block)`` for every ``size x size`` block.
 
     ``phi`` is ``(M, size^2)`` and acts on blocks read row by row; the result is ``(B, C M, H / size, W / size)``.  The solve
-    uses the eigenvectors of ``Phi Phi^T``, ``M x M`` (Woodbury).  Raises ``ValueError`` unless both sides are multiples of
+    uses the eigenvectors of ``Phi^T Phi``, found once in float64.  Raises ``ValueError`` unless both sides are multiples of
     the block.
     """
 
@@ -345,32 +345,35 @@ class BlockSampling(Operator):
         self.phi, self.widening = phi, len(phi)
         self._cache = _Cache()
 
+    def _apply(self, matrix: Tensor, codes: Tensor) -> Tensor:
+        """``matrix`` on every code: ``(B, C n, h, w) -> (B, C m, h, w)``."""
+        split = codes.unflatten(1, (-1, matrix.shape[1]))
+        return torch.einsum("mn,bcnhw->bcmhw", matrix, split).flatten(1, 2)
+
+    def _eigen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor]:
+            values, vectors = torch.linalg.eigh(self.phi.double().T @ self.phi.double())
+            return values.clamp_min(0).to(x), vectors.to(x)
+
+        return self._cache(("eigen", x.dtype, x.device), make)
+
     def _phi(self, x: Tensor) -> Tensor:
-        return self._cache((x.dtype, x.device), lambda: self.phi.to(x))
+        return self._cache(("phi", x.dtype, x.device), lambda: self.phi.to(x))
 
     def A(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        if height % self.size or width % self.size:
-            raise ValueError(f"image: both sides must be multiples of {self.size}, got {(height, width)}")
-        blocks = nnf.pixel_unshuffle(x, self.size).reshape(batch, channels, self.size**2, height // self.size, -1)
-        return torch.einsum("mn,bcnhw->bcmhw", self._phi(x), blocks).reshape(batch, -1, height // self.size, width // self.size)
+        if x.shape[-2] % self.size or x.shape[-1] % self.size:
+            raise ValueError(f"image: both sides must be multiples of {self.size}, got {tuple(x.shape[-2:])}")
+        return self._apply(self._phi(x), nnf.pixel_unshuffle(x, self.size))
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        phi = self._phi(y)
-        codes = y.reshape(len(y), -1, len(phi), *y.shape[-2:])
-        blocks = torch.einsum("mn,bcmhw->bcnhw", phi, codes)
-        return nnf.pixel_shuffle(blocks.reshape(len(y), -1, *y.shape[-2:]), self.size)
+        return nnf.pixel_shuffle(self._apply(self._phi(y).T, y), self.size)
 
     def eigenvalue_range(self, x: Tensor) -> tuple[float, float]:
-        singular = torch.linalg.svdvals(self.phi.double())
-        return (singular[-1].item() ** 2 if len(self.phi) >= self.phi.shape[1] else 0.0), singular[0].item() ** 2
+        values = torch.linalg.eigvalsh(self.phi.double().T @ self.phi.double())
+        return (max(values[0].item(), 0.0) if len(self.phi) >= self.phi.shape[1] else 0.0), values[-1].item()
 
     def solve(self, rhs: Tensor, rho: Tensor | float) -> Tensor:
-        key = ("eigh", rhs.dtype, rhs.device)
-        values, vectors = self._cache(key, lambda: torch.linalg.eigh(self._phi(rhs) @ self._phi(rhs).T))
-        small = self.A(rhs)
-        codes = small.reshape(len(rhs), -1, len(values), *small.shape[-2:])
-        rho_codes = torch.as_tensor(rho, dtype=rhs.dtype, device=rhs.device).reshape(-1, 1, 1, 1, 1)
-        inner = torch.einsum("mk,bcmhw->bckhw", vectors, codes) / (values.view(-1, 1, 1) + rho_codes)
-        inner = torch.einsum("mk,bckhw->bcmhw", vectors, inner).reshape(small.shape)
-        return (rhs - self.A_adjoint(inner)) / rho
+        values, vectors = self._eigen(rhs)
+        codes = self._apply(vectors.T, nnf.pixel_unshuffle(rhs, self.size))
+        codes = codes / (values.repeat(rhs.shape[1]).view(-1, 1, 1) + rho)
+        return nnf.pixel_shuffle(self._apply(vectors, codes), self.size)
