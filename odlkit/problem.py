@@ -86,7 +86,7 @@ class LeastSquares:
     @cached_property
     def bounds(self) -> tuple[float, float]:
         low, high = self.operator.eigenvalue_range(self.back)
-        weight = torch.as_tensor(self.weight)
+        weight = torch.as_tensor(self.weight, dtype=torch.float64)
         return low * weight.min().item(), high * weight.max().item()
 
 
