@@ -1,1 +1,14 @@
 """Fitting: greedy, one unit at a time, and joint, through the iteration."""
+
+# Name of the weights -> where the function ``(out, resume)`` that makes them is; imported when asked for.
+RECIPES = {"padnet-image": "odlkit.training.padnet:joint"}
+
+
+def recipe(name: str):
+    """The training function of that name.  Raises ``ValueError`` when there is none."""
+    from importlib import import_module
+
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    module, function = RECIPES[name].split(":")
+    return getattr(import_module(module), function)

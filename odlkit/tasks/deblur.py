@@ -1,0 +1,348 @@
+"""Deblurring with a known kernel, of photographs as they are: not periodic, in gray or colour, with noise of level sigma.
+
+The scene continues outside the picture.  `extend` puts the picture on a larger periodic grid and fills what was not seen
+with the blur of a smooth solution that explains the seen data, so that every closed form in the Fourier domain applies and
+the data inside stay as they were.  What a certificate says, it says about the problem on that grid.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from odlkit import weights
+from odlkit.certify import bounded_moves, descent, error_condition
+from odlkit.linear import conjugate_gradient
+from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
+from odlkit.operators import Blur, Gradient, Wavelet
+from odlkit.priors import Analysis, GroupLp, Lp
+from odlkit.problem import LeastSquares, LinkedGradient, Problem, norm_items
+from odlkit.propagate import Result, propagate
+from odlkit.solvers import ADMM, FISTA
+
+# Settings, chosen on BSD68 with random kernels.  The classical energies are (1/2)||A x - y||^2 + lambda R with
+# lambda = factor * sigma^2, as maximum a posteriori estimation has it: a prior that is fixed, noise of variance sigma^2.
+FLOOR = 0.003  # the least noise level used: the networks saw none below, and rounding to 8 bits alone makes 0.001
+FILL = 0.01  # weight of the smoothness in the fill outside the picture
+TOLERANCE, CLASSICAL_STEPS = 1e-4, 150  # relative change at which the classical solvers stop, and the most steps they take
+TV_FACTOR, TV_PENALTY = 4.0, 50.0  # penalty rho = 50 lambda
+L08_FACTOR, L08_PENALTY = 2.0, 100.0
+WAVELET, LEVELS, WAVELET_FACTOR = "db4", 3, 0.3
+EPADNET_BETA, EPADNET_FACTOR, EPADNET_MOREAU, EPADNET_TOLERANCE = 0.02, 1.0, 3.0, 1.2  # the last two relative to L = beta
+EPADNET_HALVINGS, EPADNET_STEPS = 2, 30
+ROUND_OFF = 1e-5  # relative, what certificates grant single precision
+
+
+@dataclass
+class Outcome:
+    """What a model hands back: the restored grid, its propagation, and the words and numbers of its guarantee."""
+
+    x: Tensor
+    result: Result
+    certificate: dict[str, Any]
+
+
+def deblur(
+    y: Tensor,
+    kernel: Tensor,
+    sigma: float | None = None,
+    model: str = "ipadnet",
+    boundary: str = "unknown",
+    *,
+    steps: int | None = None,
+    tile: int | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Restore ``y = k * x + noise``: the image, of the shape of ``y``, and a report of the run.
+
+    ``y`` is ``(B, C, H, W)`` in [0, 1], each channel restored by itself with the same kernel; ``kernel`` is ``(h, w)`` with
+    its centre at ``(h // 2, w // 2)`` and is scaled to sum 1; ``sigma`` is the standard deviation of the noise in [0, 1),
+    estimated from the picture if it is ``None``.  ``model`` is one of `MODELS`.  ``boundary="unknown"`` is for photographs,
+    ``"circular"`` for periodic data.  ``tile`` restores squares of that size one after the other, each with a margin of true
+    data, to bound the memory.  Raises ``ValueError`` for bad arguments and `PropagationError` when a run diverges.
+    """
+    clock = time.monotonic()
+    kernel, notes = check(y, kernel, sigma, model, boundary, tile)
+    level = estimate_noise(y) if sigma is None else float(sigma)
+    if sigma is None:
+        notes.append(f"sigma: not given, estimated as {level:.4f}")
+    used = max(level, FLOOR)
+    channels = y.reshape(-1, 1, *y.shape[-2:])  # every channel is an item of the batch
+    run = MODELS[model].run
+    if tile is None:
+        x, outcomes = _whole(channels, kernel, used, run, boundary, steps, progress)
+    else:
+        x, outcomes = _tiled(channels, kernel, used, run, boundary, steps, progress, tile)
+    x = x.reshape(y.shape)
+    report = _report(outcomes) | {
+        "task": "deblur",
+        "model": model,
+        "seconds": round(time.monotonic() - clock, 3),
+        "device": str(y.device),
+        "input": {"shape": list(y.shape), "kernel": list(kernel.shape)},
+        "output": {"shape": list(x.shape)},
+        "settings": {"sigma": level, "sigma_used": used, "boundary": boundary, "tile": tile},
+        "notes": notes,
+        "versions": versions(),
+    }
+    if boundary == "unknown":
+        report["certificate"]["of"] = "the problem on the larger periodic grid, the unseen part of its data filled in"
+    return x, report
+
+
+def check(y: Tensor, kernel: Tensor, sigma: Any, model: str, boundary: str, tile: int | None) -> tuple[Tensor, list[str]]:
+    """The kernel scaled to sum 1, and notes.  Raises ``ValueError`` naming the first bad argument."""
+    if model not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if boundary not in ("unknown", "circular"):
+        raise ValueError(f"boundary: expected unknown or circular, got {boundary!r}")
+    if y.dim() != 4 or not y.is_floating_point():
+        raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("input: expected finite numbers, got NaN or infinity")
+    if sigma is not None and not 0 <= float(sigma) < 1:
+        raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
+    if tile is not None and (tile < 16 or boundary == "circular"):
+        raise ValueError(f"tile: expected at least 16 pixels and boundary unknown, got {tile} and {boundary}")
+    if kernel.dim() != 2 or kernel.numel() == 0:
+        raise ValueError(f"kernel: expected a two-dimensional array of real numbers, got shape {tuple(kernel.shape)}")
+    kernel = kernel.detach().to(y.device, torch.float64)
+    if not bool(torch.isfinite(kernel).all()):
+        raise ValueError("kernel: expected finite numbers, got NaN or infinity")
+    if kernel.shape[0] > y.shape[-2] or kernel.shape[1] > y.shape[-1]:
+        sizes = f"{kernel.shape[0]}x{kernel.shape[1]} against {y.shape[-2]}x{y.shape[-1]}"
+        raise ValueError(f"kernel: expected one no larger than the image, got {sizes}")
+    total = kernel.sum().item()
+    if not total > 1e-9 * kernel.abs().sum().item():
+        raise ValueError(f"kernel: expected numbers with a positive sum, got a sum of {total:.3g}")
+    notes = [] if abs(total - 1) < 1e-3 else [f"kernel: its sum was {total:.6g}, normalised to 1"]
+    return (kernel / total).to(y.dtype), notes
+
+
+def estimate_noise(y: Tensor) -> float:
+    """The noise level from the finest wavelet details (median absolute deviation), the mean over items and channels."""
+    from skimage.restoration import estimate_sigma
+
+    planes = y.detach().cpu().reshape(-1, *y.shape[-2:]).numpy()
+    return float(estimate_sigma(planes, channel_axis=0, average_sigmas=True))
+
+
+# The boundary.
+
+
+def good_size(n: int, block: int = 8) -> int:
+    """The least multiple of ``block`` from ``n`` on with no prime factor above 5: fast transforms, whole wavelet levels."""
+
+    def smooth(m: int) -> bool:
+        for p in (2, 3, 5):
+            while m % p == 0:
+                m //= p
+        return m == 1
+
+    n = -(-n // block) * block
+    while not smooth(n):
+        n += block
+    return n
+
+
+def extend(y: Tensor, kernel: Tensor, fill: float = FILL) -> tuple[Tensor, tuple[slice, slice]]:
+    """Put ``y`` ``(B, 1, H, W)`` on a periodic grid a kernel larger, or more: the new data, and the window of the picture.
+
+    The fill solves ``argmin_u (1/2)||M (k * u) - y||^2 + (fill/2)||D u||^2`` on the grid, M the mask of what was seen, by
+    conjugate gradients; outside the picture the new data are ``k * u``, inside they are ``y``.
+    """
+    (height, width), (h, w) = y.shape[-2:], kernel.shape
+    tall, wide = good_size(height + h - 1), good_size(width + w - 1)
+    top, left = (tall - height) // 2, (wide - width) // 2
+    window = (slice(top, top + height), slice(left, left + width))
+    start = nnf.pad(y, (left, wide - width - left, top, tall - height - top), mode="replicate")
+    mask = torch.zeros_like(start[:1])
+    mask[(..., *window)] = 1
+    blur, gradient = Blur(kernel), Gradient()
+    u = conjugate_gradient(
+        lambda v: blur.A_adjoint(mask * blur.A(v)) + fill * gradient.A_adjoint(gradient.A(v)),
+        blur.A_adjoint(mask * start),
+        x0=start,
+        rtol=1e-2,
+    )
+    return torch.where(mask > 0, start, blur.A(u)), window
+
+
+def _whole(y, kernel, sigma, run, boundary, steps, progress) -> tuple[Tensor, list[Outcome]]:
+    if boundary == "circular":
+        outcome = run(y, Blur(kernel), sigma, steps, progress)
+        return outcome.x, [outcome]
+    z, window = extend(y, kernel)
+    outcome = run(z, Blur(kernel), sigma, steps, progress)
+    return outcome.x[(..., *window)], [outcome]
+
+
+def _tiled(y, kernel, sigma, run, boundary, steps, progress, tile) -> tuple[Tensor, list[Outcome]]:
+    """Square by square; a margin of a kernel and 32 pixels on each side is restored with it and thrown away."""
+    from tqdm import tqdm
+
+    margin, (height, width) = max(kernel.shape) + 32, y.shape[-2:]
+    corners = [(i, j) for i in range(0, height, tile) for j in range(0, width, tile)]
+    x, outcomes = torch.empty_like(y), []
+    for i, j in tqdm(corners, desc="tiles", delay=1, disable=not progress):
+        top, left = max(i - margin, 0), max(j - margin, 0)
+        part = y[..., top : i + tile + margin, left : j + tile + margin]
+        restored, parts = _whole(part, kernel, sigma, run, boundary, steps, False)
+        x[..., i : i + tile, j : j + tile] = restored[..., i - top :, j - left :][..., :tile, :tile]
+        outcomes += parts
+    return x, outcomes
+
+
+# The models: each runs on a periodic grid.
+
+
+def _ipadnet(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    card, network = weights.card("padnet-image"), weights.load("padnet-image").to(z)
+    plan = card["schedule"]
+    schedule = Schedule.between(plan["first"], sigma, plan["depth"])
+    problem = Problem(LeastSquares(blur, z, 1 / sigma**2))
+    result = propagate(Implicit(network, schedule), problem, z, steps=steps or plan["depth"], progress=progress)
+    return Outcome(result.x, result, _theorem_2(result, schedule, card["network"]["bound"] * z[0].numel() ** 0.5))
+
+
+def _theorem_2(result: Result, schedule: Schedule, allowed: float) -> dict[str, Any]:
+    """PADNet's Theorem 2 on this run: its inequalities, with C_N as the network's clipping allows it, and the path left.
+
+    Were the schedule continued, v would move at most ``sum_j C_N alpha_j + M / rho_j`` further, C_N and M as measured here.
+    """
+    checks = bounded_moves(result.trace, allowed, schedule, slack=ROUND_OFF)
+    alpha, slope = result.trace["alpha"], result.trace["fidelity_gradient"].amax(0)
+    moves, last, growth = (result.trace["dual"] / alpha).amax(0), alpha[-1], float(schedule.growth)
+    rest = moves * last / (growth**0.5 - 1) + slope * last**2 / (growth - 1) if growth > 1 else last * torch.inf
+    return {
+        "guarantee": "PADNet, Theorem 2 with corrected constants: bounded network, geometric step sizes, convex fidelity",
+        "statement": "the iterates stop; the point where they stop minimises no known energy",
+        "holds": all(check.holds for check in checks) and growth > 1,
+        "margin": min(check.margin for check in checks),
+        "C_N_allowed": allowed,
+        "C_N": moves.max().item(),
+        "M": slope.max().item(),
+        "growth": growth,
+        "remaining_path_at_most": rest.max().item(),
+    }
+
+
+def _epadnet(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    """Explicit PADNet on the gradient domain; it starts from the gradient of the implicit one's image."""
+    network, gradient = weights.load("padnet-image").to(z), Gradient()
+    fidelity = LinkedGradient(blur, gradient, z, EPADNET_BETA)
+    problem = Problem(fidelity, Lp(0.8, EPADNET_FACTOR * sigma**2))
+    constants = Constants.for_lipschitz(problem.lipschitz, EPADNET_MOREAU, EPADNET_TOLERANCE)
+    constants.check(problem.lipschitz)
+
+    def proposal(g: Tensor, alpha: float) -> Tensor:  # the image network between the link layer and the gradient
+        return gradient.A(network(fidelity.image(g), alpha))
+
+    step = Explicit([proposal], constants, Schedule(sigma**-2, 1.0), halvings=EPADNET_HALVINGS)
+    start = gradient.A(_ipadnet(z, blur, sigma, None, progress).x)
+    result = propagate(step, problem, start, steps=steps or EPADNET_STEPS, progress=progress)
+    return Outcome(fidelity.image(result.x), result, _theorem_1(result, constants))
+
+
+def _theorem_1(result: Result, constants: Constants) -> dict[str, Any]:
+    """PADNet's Theorem 1 on this run: the descent that each step must reach, and the error condition."""
+    fall = descent(result.trace, constants.kappa, slack=ROUND_OFF)
+    condition = error_condition(result.trace, constants.tolerance, slack=ROUND_OFF)
+    return {
+        "guarantee": "PADNet, Theorem 1 repaired: error condition or fallback at each step, mu = 1 / step, convex fidelity",
+        "statement": "the energy falls by kappa ||change||^2 or more at every step; cluster points are critical points",
+        "holds": fall.holds and condition.holds,
+        "margin": fall.margin,
+        "kappa": constants.kappa,
+        "acceptance_rate": result.trace.acceptance_rate(),
+        "subgradient_norm": result.trace["subgradient"][-1].max().item(),
+    }
+
+
+def _tv(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    weight = TV_FACTOR * sigma**2
+    words = {
+        "guarantee": "ADMM on a convex energy, any penalty (known theory)",
+        "statement": "converges to a minimiser",
+        "holds": True,
+    }
+    return _admm(z, blur, GroupLp(1, weight), TV_PENALTY * weight, words, steps, progress)
+
+
+def _l08(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    weight = L08_FACTOR * sigma**2
+    words = {"guarantee": "none", "statement": "no theorem covers ADMM on this nonconvex energy as it is run", "holds": None}
+    return _admm(z, blur, Lp(0.8, weight), L08_PENALTY * weight, words, steps, progress)
+
+
+def _admm(z: Tensor, blur: Blur, prior: Any, penalty: float, words: dict, steps: int | None, progress: bool) -> Outcome:
+    problem = Problem(LeastSquares(blur, z), prior, Gradient())
+    result = propagate(ADMM(penalty), problem, z, steps=steps or CLASSICAL_STEPS, tol=TOLERANCE, progress=progress)
+    gap = norm_items(Gradient().A(result.x) - result.state.aux["v"]).max().item()
+    return Outcome(result.x, result, words | {"splitting_gap": gap})
+
+
+def _fista(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    if any(side % 2**LEVELS for side in z.shape[-2:]):
+        raise ValueError(f"boundary: fista-wavelet with circular expects sides that are multiples of {2**LEVELS}")
+    weight = torch.full_like(z[:1], WAVELET_FACTOR * sigma**2)
+    weight[..., : z.shape[-2] >> LEVELS, : z.shape[-1] >> LEVELS] = 0  # the coarse band is not penalised
+    problem = Problem(LeastSquares(blur, z), Analysis(Wavelet(WAVELET, LEVELS), Lp(1, weight)))
+    result = propagate(FISTA(), problem, z, steps=steps or CLASSICAL_STEPS, tol=TOLERANCE, progress=progress)
+    words = {
+        "guarantee": "FISTA on a convex energy, step size 1 / L (known theory)",
+        "statement": "F(x^k) - min F <= 2 L ||x^0 - x*||^2 / (k + 1)^2",
+        "holds": True,
+    }
+    return Outcome(result.x, result, words | {"L": problem.lipschitz, "residual": problem.residual(result.x).max().item()})
+
+
+@dataclass(frozen=True)
+class Model:
+    """One way to restore: ``run(z, blur, sigma, steps, progress)`` on a periodic grid, and what it is."""
+
+    run: Callable[[Tensor, Blur, float, int | None, bool], Outcome]
+    what: str
+
+
+MODELS = {
+    "ipadnet": Model(_ipadnet, "implicit PADNet on the image domain, the prior in the network; stops by Theorem 2"),
+    "epadnet": Model(_epadnet, "explicit PADNet on the gradient domain, l0.8 energy, error-corrected; descent by Theorem 1"),
+    "tv": Model(_tv, "isotropic total variation by ADMM"),
+    "l08": Model(_l08, "l0.8 on the gradient by ADMM"),
+    "fista-wavelet": Model(_fista, "l1 on orthonormal wavelet coefficients by FISTA"),
+}
+
+
+# The report.
+
+
+def _report(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Status, iterations, energies, certificate and decisions; of several tiles the sums, and the weakest guarantee."""
+    worst = max(outcomes, key=lambda o: (o.certificate["holds"] is not True, o.result.residual))
+    traces = [o.result.trace for o in outcomes]
+    decided = torch.cat([t["accepted"].flatten() for t in traces if "accepted" in t] or [torch.empty(0)])
+    energies = traces[0].with_start("energy").sum(1).tolist() if len(traces) == 1 and "energy" in traces[0] else []
+    return {
+        "status": worst.result.status.value,
+        "relative_change": worst.result.residual,
+        "iterations": max(o.result.iterations for o in outcomes),
+        "energies": energies,  # of all channels together; none for a model without an energy, nor for tiles
+        "certificate": dict(worst.certificate) | ({"tiles": len(outcomes)} if len(outcomes) > 1 else {}),
+        "accepted": int(decided.sum()) if len(decided) else None,
+        "rejected": int((1 - decided).sum()) if len(decided) else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from odlkit import __version__
+
+    return {"odlkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
