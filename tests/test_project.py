@@ -1,5 +1,6 @@
 """The files around the code agree with each other: versions, pins, commands, addresses."""
 
+import os
 import re
 import subprocess
 import sys
@@ -80,6 +81,16 @@ def test_environment_agrees_with_the_package():
 def test_readme_names_the_two_commands_first():
     first = re.search(r"```\w*\n(.*?)```", text("README.md"), re.S)[1]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make book", "make test"]
+
+
+def test_readme_example_restores(tmp_path):
+    """The lines of Python in the README run as they are, and the image ends nearer to the truth than it began."""
+    lines = re.search(r"```python\n(.*?)```", text("README.md"), re.S)[1]
+    check = "print(float(result.trace['error'][-1]) / float(result.trace.start['error']))"
+    command = {"args": [sys.executable, "-c", lines + check], "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(**command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert float(done.stdout) < 0.5
+    assert (tmp_path / "trace.png").stat().st_size > 1000
 
 
 def test_make_help_lists_every_target():
