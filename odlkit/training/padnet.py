@@ -75,7 +75,7 @@ def unroll(net: ResidualNet, x: Tensor, kernel: Tensor, sigma: Tensor, generator
     return [state.x for state, _ in islice(iterate(step, problem, y), depth)]
 
 
-def joint(out: Path, resume: bool = False, steps: int = 9000, width: int = 64) -> None:
+def joint(out: Path, resume: bool = False, steps: int = 5000, width: int = 64) -> None:
     """Fine-tune through the iteration: blur, 0.3 to 3% noise, log mean squared error of the last and, lightly, earlier v^k."""
     net = greedy(out, resume=True, width=width)
     pictures = data.images("train400")
