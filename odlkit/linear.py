@@ -135,8 +135,8 @@ def largest_eigenvalue(matvec, x: Tensor, steps: int = 100, rtol: float = 1e-6, 
         diagonal.append((w * q).sum().item())
         w = w - diagonal[-1] * q
         beta = w.norm().item()
-        side = torch.tensor(off, dtype=torch.float64)
-        ritz, vectors = torch.linalg.eigh(torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + side.diag(1) + side.diag(-1))
+        middle, side = (torch.tensor(v, dtype=torch.float64) for v in (diagonal, off))
+        ritz, vectors = torch.linalg.eigh(middle.diag() + side.diag(1) + side.diag(-1))
         top, missing = ritz[-1].item(), beta * abs(vectors[-1, -1].item())
         if missing <= rtol * top:
             break
@@ -253,7 +253,8 @@ class Stack(Operator):
 
     def gram(self, x: Tensor) -> Tensor | None:
         grams = [op.gram(x) for op in self.operators]
-        return None if any(g is None for g in grams) else sum(grams[1:], grams[0])  # type: ignore[arg-type, return-value]
+        known = [g for g in grams if g is not None]
+        return sum(known[1:], known[0]) if len(known) == len(grams) else None
 
 
 class Adapted(Operator):

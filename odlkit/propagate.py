@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from odlkit.problem import Problem, norm_items
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """How a propagation ended."""
 
     CONVERGED = "converged"  # relative change below the tolerance, on every item
@@ -146,7 +146,7 @@ def propagate(
     trace, state, status, relative = Trace(), step.init(problem, x0), Status.STEP_LIMIT, torch.inf
     record_energy = energy and problem.prior is not None
     limit = blow_up * norm_items(x0).clamp_min(x0[0].numel() ** 0.5)
-    truth_norm = norm_items(truth) if truth is not None else None
+    truth_norm = norm_items(truth if truth is not None else x0)
     if record_energy:
         trace.start["energy"] = problem.energy(state.x)
     if truth is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class ConvUnit(nn.Module):
 
     def __init__(self, channels: int = 1, width: int = 64, depth: int = 7, fold: int = 2, batch_norm: bool = False):
         super().__init__()
-        self.config = {"channels": channels, "width": width, "depth": depth, "fold": fold, "batch_norm": batch_norm}
+        self.config: dict[str, Any] = {"channels": channels, "width": width, "depth": depth, "fold": fold}
+        self.config["batch_norm"] = batch_norm
         inside = channels * fold**2
         self.fold = fold
         layers: list[nn.Module] = [nn.Conv2d(inside + 1, width, 3, padding=1), nn.ReLU()]
@@ -55,7 +57,9 @@ def fold_batch_norm(unit: ConvUnit) -> ConvUnit:
     merged: list[nn.Module] = []
     for layer in unit.layers:
         if isinstance(layer, nn.BatchNorm2d):
-            merged[-1] = nn.utils.fusion.fuse_conv_bn_eval(copy.deepcopy(merged[-1]).eval(), copy.deepcopy(layer).eval())
+            convolution = copy.deepcopy(merged[-1]).eval()
+            assert isinstance(convolution, nn.Conv2d)
+            merged[-1] = nn.utils.fusion.fuse_conv_bn_eval(convolution, copy.deepcopy(layer).eval())
         else:
             merged.append(layer)
     folded.layers.load_state_dict(nn.Sequential(*merged).state_dict())
