@@ -43,7 +43,8 @@ class Identity(Operator):
     def A(self, x: Tensor) -> Tensor:
         return x
 
-    A_adjoint = A
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return self.A(y)
 
     def gram(self, x: Tensor) -> Tensor:
         return torch.ones((), dtype=x.dtype, device=x.device)
@@ -107,8 +108,8 @@ class Blur(Operator):
 class ValidBlur(Operator):
     """Blur of a scene that continues outside the photograph: ``(H + h - 1, W + w - 1)`` in, the seen ``(H, W)`` out.
 
-    ``A = M K``: circular convolution on the large grid, then the crop where no wrap-around is felt.  ``||A|| <= max |k_hat|``
-    is used as its bound; there is no closed-form solve, so conjugate gradients run.
+    ``A = M K``: circular convolution on the large grid, then the crop where no wrap-around is felt.  Its bound is
+    ``||A|| <= max |k_hat|``; there is no closed-form solve, so conjugate gradients run.
     """
 
     def __init__(self, kernel: Tensor):
@@ -149,7 +150,8 @@ class Mask(Operator):
     def A(self, x: Tensor) -> Tensor:
         return self._mask(x) * x
 
-    A_adjoint = A
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return self.A(y)
 
     def eigenvalue_range(self, x: Tensor) -> tuple[float, float]:
         square = self._mask(x).square()
@@ -282,31 +284,25 @@ class Wavelet(Operator):
 
     def A(self, x: Tensor) -> Tensor:
         self._check(x)
-        out = x.clone()
-        height, width = x.shape[-2:]
         bank = self._bank(x)
-        taps = bank.shape[-1]
+        coarse, details = x.reshape(-1, 1, *x.shape[-2:]), []
         for _ in range(self.levels):
-            block = out[..., :height, :width].reshape(-1, 1, height, width)
-            bands = nnf.conv2d(_wrap(block, taps // 2 - 1), bank, stride=2)  # (BC, 4, h/2, w/2)
-            height, width = height // 2, width // 2
-            ll, lh, hl, hh = bands.reshape(*x.shape[:2], 4, height, width).unbind(2)
-            out[..., : 2 * height, : 2 * width] = torch.cat([torch.cat([ll, lh], -1), torch.cat([hl, hh], -1)], -2)
-        return out
+            coarse, *rest = nnf.conv2d(_wrap(coarse, bank.shape[-1] // 2 - 1), bank, stride=2).split(1, dim=1)
+            details.append(rest)
+        for lh, hl, hh in reversed(details):
+            coarse = torch.cat([torch.cat([coarse, lh], -1), torch.cat([hl, hh], -1)], -2)
+        return coarse.reshape(x.shape)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         self._check(y)
-        out = y.clone()
-        bank = self._bank(y)
-        taps = bank.shape[-1]
+        bank, c = self._bank(y), y.reshape(-1, 1, *y.shape[-2:])
+        coarse = c[..., : y.shape[-2] >> self.levels, : y.shape[-1] >> self.levels]
         for level in reversed(range(self.levels)):
-            height, width = y.shape[-2] >> (level + 1), y.shape[-1] >> (level + 1)
-            c = out[..., : 2 * height, : 2 * width]
-            top, bottom = c[..., :height, :], c[..., height:, :]
-            bands = torch.stack([top[..., :width], top[..., width:], bottom[..., :width], bottom[..., width:]], 2)
-            z = nnf.conv_transpose2d(bands.reshape(-1, 4, height, width), bank, stride=2)  # (BC, 1, 2h + n - 2, ...)
-            out[..., : 2 * height, : 2 * width] = _unwrap(z, taps // 2 - 1, 2 * height, 2 * width).view_as(c)
-        return out
+            h, w = y.shape[-2] >> (level + 1), y.shape[-1] >> (level + 1)
+            lh, hl, hh = c[..., :h, w : 2 * w], c[..., h : 2 * h, :w], c[..., h : 2 * h, w : 2 * w]
+            z = nnf.conv_transpose2d(torch.cat([coarse, lh, hl, hh], 1), bank, stride=2)  # (BC, 1, 2h + n - 2, 2w + n - 2)
+            coarse = _unwrap(z, bank.shape[-1] // 2 - 1, 2 * h, 2 * w)
+        return coarse.reshape(y.shape)
 
     def gram(self, x: Tensor) -> Tensor:
         return torch.ones((), dtype=x.dtype, device=x.device)

@@ -45,7 +45,7 @@ def shrink(size: Tensor, weight: Weight, p: float, steps: int = 5) -> Tensor:
     if p == 1:
         return (size - weight).clamp_min(0)
     if p == 0:
-        return torch.where(size.square() > 2 * weight, size, torch.zeros_like(size))
+        return torch.where(size > (2 * weight).sqrt(), size, torch.zeros_like(size))
     t = (2 * weight * (1 - p)) ** (1 / (2 - p))
     tau = t * (2 - p) / (2 * (1 - p))  # = t + weight p t^(p-1), finite at weight = 0
     floor = t.clamp_min(1e-12)  # the root lies right of t; weight 0 must not meet 0^(p-2)
@@ -85,8 +85,8 @@ class Lp:
 class GroupLp:
     """``R(x) = sum_i weight_i ||(x_{i,1}, ..., x_{i,groups})||^p``: the members of a group live or die together.
 
-    ``x`` is ``(B, groups C, H, W)`` and channel c goes with c + C, c + 2C, ...: with ``groups = 2``, the pair ``(dx, dy)`` of
-    each pixel as `odlkit.operators.Gradient` lays it out.  p = 1 is isotropic TV in split form, p = 0 counts the pixels
+    ``x`` is ``(B, groups C, H, W)`` and channel c goes with c + C, c + 2C, ...: with ``groups = 2``, the pair ``(dx, dy)``
+    of each pixel as `odlkit.operators.Gradient` lays it out.  p = 1 is isotropic TV in split form, p = 0 counts the pixels
     where the gradient is not zero.  ``weight`` broadcasts to ``(B, C, H, W)``.
     """
 
@@ -112,16 +112,17 @@ class GroupLp:
 class TV:
     """Isotropic total variation ``R(x) = weight sum_i ||(D x)_i||``, D the circular forward differences, channel by channel.
 
-    Prox by accelerated projected gradients on the dual, ``x = z - lam D^T q`` with ``|q_i| <= 1``, ``lam = weight step``, dual
-    step ``1 / 8`` because ``||D||^2 <= 8``, restarted when the momentum points uphill.  It stops when the duality gap
+    Prox by accelerated projected gradients on the dual, ``x = z - lam D^T q`` with ``|q_i| <= 1``, ``lam = weight step``,
+    dual step ``1 / 8`` because ``||D||^2 <= 8``, restarted when the momentum points uphill.  It stops when the duality gap
     ``lam sum_i (|(D x)_i| - <(D x)_i, q_i>)`` is at most ``(tol ||z||)^2 / 2`` for every item, which guarantees
     ``||x - prox|| <= tol ||z||``; the subproblem's value is then within ``gap / step`` of its minimum.  Raises
-    `NotConverged` after ``max_iter`` steps.  ``warm_start`` keeps q for the next call on an input of the same shape.
+    `NotConverged` after ``max_iter`` steps (in float32 also where a large lam puts round-off above a small ``tol``).
+    ``warm_start`` keeps q for the next call on an input of the same shape.
     """
 
     convex = True
 
-    def __init__(self, weight: float = 1.0, tol: float = 1e-4, max_iter: int = 2000, warm_start: bool = False):
+    def __init__(self, weight: float = 1.0, tol: float = 1e-3, max_iter: int = 5000, warm_start: bool = False):
         self.weight, self.tol, self.max_iter, self.warm_start = _check_weight(weight), tol, max_iter, warm_start
         self.gradient = Gradient()
         self.dual: Tensor | None = None
@@ -142,7 +143,7 @@ class TV:
         target = 0.5 * self.tol**2 * sum_items(z.to(torch.float64).square())
         q = torch.zeros_like(self.gradient.A(z)) if dual is None else dual
         r, t = q, torch.ones(len(z), 1, 1, 1, dtype=z.dtype, device=z.device)
-        rate = 1 / (8 * lam).clamp_min(torch.finfo(z.dtype).tiny)
+        rate = 1 / (8 * lam.clamp_min(1e-12))  # an item with lam = 0 stays at z whatever its dual does
         for iteration in range(self.max_iter + 1):
             if iteration % 10 == 0:
                 x = z - lam * self.gradient.A_adjoint(q)
@@ -156,7 +157,7 @@ class TV:
             t_new = (1 + (1 + 4 * t.square()).sqrt()) / 2
             r, q, t = new + (t - 1) / t_new * (new - q), new, t_new
         worst = (2 * gap / sum_items(z.to(torch.float64).square())).max().sqrt().item()
-        raise NotConverged(f"TV prox: relative distance bound {worst:.1e} after {self.max_iter} steps, wanted {self.tol:.0e}")
+        raise NotConverged(f"TV prox: distance bound {worst:.1e} ||z|| after {self.max_iter} steps, wanted {self.tol:.0e}")
 
     @staticmethod
     def _norms(q: Tensor) -> Tensor:
@@ -173,9 +174,9 @@ class TV:
 class Analysis:
     """``R(W x)`` for an orthonormal W, so that ``prox = W^T prox_R(W z)``.
 
-    Raises ``ValueError`` at its first use on a size when ``W^T W`` or ``W W^T`` is not the identity there.  Coefficients below
-    round-off of the largest count as zero in ``value``: W after W^T turns the exact zeros of a prox into 1e-17s, and
-    ``sum |c|^p`` sees them when p is small.
+    Raises ``ValueError`` at its first use on a size when ``W^T W`` or ``W W^T`` is not the identity there.  In ``value``,
+    coefficients below round-off of the largest count as zero: W after W^T turns the exact zeros of a prox into 1e-17s,
+    and ``sum |c|^p`` sees them when p is small.
     """
 
     def __init__(self, operator: LinearMap, prior: Prior):
@@ -217,7 +218,7 @@ class Box:
         self.low, self.high = low, high
 
     def value(self, x: Tensor) -> Tensor:
-        slack = 8 * torch.finfo(x.dtype).eps * max(1.0, *(abs(b) for b in (self.low, self.high) if math.isfinite(b)), 0.0)
+        slack = 8 * torch.finfo(x.dtype).eps * max([1.0, *(abs(b) for b in (self.low, self.high) if math.isfinite(b))])
         inside = ((x >= self.low - slack) & (x <= self.high + slack)).flatten(1).all(1)
         return torch.where(inside, 0.0, math.inf).to(torch.float64)
 
