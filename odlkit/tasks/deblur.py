@@ -32,9 +32,9 @@ from odlkit.solvers import ADMM, FISTA
 FLOOR = 0.003  # the least noise level used: the networks saw none below, and rounding to 8 bits alone makes 0.001
 FILL = 0.01  # weight of the smoothness in the fill outside the picture
 TOLERANCE, CLASSICAL_STEPS = 1e-4, 150  # relative change at which the classical solvers stop, and the most steps they take
-TV_FACTOR, TV_PENALTY = 4.0, 50.0  # penalty rho = 50 lambda
-L08_FACTOR, L08_PENALTY = 2.0, 100.0
-WAVELET, LEVELS, WAVELET_FACTOR = "db4", 3, 0.3
+TV_FACTOR, TV_PENALTY = 6.0, 20.0  # penalty rho = 20 lambda
+L08_FACTOR, L08_PENALTY = 3.0, 100.0
+WAVELET, LEVELS, WAVELET_FACTOR = "db4", 3, 12.0
 EPADNET_BETA, EPADNET_FACTOR, EPADNET_MOREAU, EPADNET_TOLERANCE = 0.02, 1.0, 3.0, 1.2  # the last two relative to L = beta
 EPADNET_HALVINGS, EPADNET_STEPS = 2, 30
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
