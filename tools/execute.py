@@ -74,8 +74,15 @@ def execute(source: Path) -> float:
     notebook, begun, mark = read(source), time.perf_counter(), stamp(source)
     # No data folder: a chapter runs on what ships with the packages, so that every reader gets the same outputs.
     env = {k: v for k, v in os.environ.items() if k != "ODLKIT_DATA"} | {"OMP_NUM_THREADS": "1"}
-    folder = {"metadata": {"path": source.parent}}
-    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", record_timing=False, resources=folder)
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": source.parent}},
+        record_timing=False,
+        coalesce_streams=True,  # prints that come in two pieces are one output
+        extra_arguments=["--log-level=ERROR"],
+    )
     client.execute(env=env)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
