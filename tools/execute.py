@@ -140,7 +140,8 @@ def main() -> int:
                 print(f"[{done}/{len(sources)}] {name}: {seconds[name]} s", flush=True)
             except Exception as error:  # one bad chapter must not hide the others
                 failed += 1
-                print(f"[{done}/{len(sources)}] {name} FAILED\n{error}", file=sys.stderr, flush=True)
+                message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+                print(f"[{done}/{len(sources)}] {name} FAILED\n{message}", file=sys.stderr, flush=True)
     known = {path.relative_to(BOOK).with_suffix("").as_posix() for path in chapters()}
     if sources:
         RUNTIMES.write_text(json.dumps({k: v for k, v in sorted(seconds.items()) if k in known}, indent=1) + "\n")
