@@ -60,9 +60,12 @@ def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
     oscillates: ``v - 8 (N(v) - v) + 0.3 alpha sin(40 v)``.
     """
     channels = 2 if kind == "rbf" else 1
-    with torch.random.fork_rng(devices=[]):
+    about = {name: card["network"] for name, card in weights.cards().items()}
+    fits = [n for n, net in about.items() if net["kind"] == kind and net["units"][0].get("channels", channels) == channels]
+    with torch.random.fork_rng(devices=[]):  # building a module draws from the global generator
         torch.manual_seed(0)
         raw = ResidualNet([RBFUnit() if kind == "rbf" else ConvUnit(width=16)]).eval().requires_grad_(False)
+        trained = weights.load(fits[0]) if fits else None
 
     def play(net: Callable, factor: float = 1.0, wave: float = 0.0) -> Network:
         def network(v: Tensor, alpha: Any) -> Tensor:
@@ -72,10 +75,8 @@ def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
 
         return network
 
-    about = {name: card["network"] for name, card in weights.cards().items()}
-    fits = [n for n, net in about.items() if net["kind"] == kind and net["units"][0].get("channels", 1) == channels]
-    trained = {"trained": play(weights.load(fits[0]))} if fits else {}
-    return trained | {"untrained": play(raw), "adversary": play(raw, -8.0, 0.3)}
+    known = {"trained": play(trained)} if trained is not None else {}
+    return known | {"untrained": play(raw), "adversary": play(raw, -8.0, 0.3)}
 
 
 def alternating(network: Network) -> Network:

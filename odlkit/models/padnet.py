@@ -30,7 +30,10 @@ class Schedule:
     growth: Any = 2.0
 
     def __call__(self, k: int) -> tuple[Any, Any]:
-        rho = self.rho0 * self.growth**k
+        try:
+            rho = self.rho0 * self.growth**k
+        except OverflowError:  # floats raise where tensors give infinity
+            rho = 1e24
         rho = rho.clamp(max=1e24) if isinstance(rho, Tensor) else min(rho, 1e24)  # no overflow; far beyond any effect
         return rho, rho**-0.5
 
