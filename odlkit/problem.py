@@ -166,7 +166,7 @@ class Problem:
         return self.fidelity.prox(z, step, through=self.transform)  # type: ignore[call-arg]
 
     def residual(self, x: Tensor, step: float | None = None) -> Tensor:
-        """``||x - prox_{step R}(x - step grad f(x))|| / step`` at a fixed step (default 1/L), ``(B,)``; 0 at a critical point.
+        """``||x - prox_{step R}(x - step grad f(x))|| / step`` at a fixed step (default 1/L): 0 if critical, ``(B,)``.
 
         Measured at a step that does not depend on the iteration, so that no schedule can hide a lack of criticality.
         """
