@@ -53,7 +53,7 @@ def fold_batch_norm(unit: ConvUnit) -> ConvUnit:
     ``BN(Wx) = (s / sqrt(var + eps)) (Wx - mean) + b`` is affine per channel, so the result is equal up to round-off.  A
     network used at every iteration of a propagation sees inputs whose statistics drift with ``k``; folding fixes them.
     """
-    folded = ConvUnit(**(unit.config | {"batch_norm": False}))
+    folded = ConvUnit(**(unit.config | {"batch_norm": False})).to(next(unit.parameters()))
     merged: list[nn.Module] = []
     for layer in unit.layers:
         if isinstance(layer, nn.BatchNorm2d):

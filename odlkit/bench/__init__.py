@@ -1,0 +1,47 @@
+"""A paper's tables on the data at hand, each a function ``run(progress) -> record`` that carries its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+PLACES = {
+    "padnet-table-1": "odlkit.bench.padnet_table_1:run",
+    "padnet-table-2": "odlkit.bench.padnet_deblur:table_2",
+    "padnet-set3c": "odlkit.bench.padnet_deblur:set3c",
+    "deblur-weights": "odlkit.bench.padnet_deblur:tune",
+}
+
+
+def _later(place: str) -> Callable[..., dict[str, Any]]:
+    def run(progress: bool = False) -> dict[str, Any]:
+        from importlib import import_module
+
+        module, function = place.split(":")
+        return getattr(import_module(module), function)(progress=progress)
+
+    return run
+
+
+SUITES = {name: _later(place) for name, place in PLACES.items()}
+
+
+def provenance(suite: str, sets: Iterable[str], seeds: Iterable[int], weights: Iterable[str] = ()) -> dict[str, Any]:
+    """What a recorded result must carry: command, commit, seeds, versions, hardware, and checksums of data and weights."""
+    import torch
+
+    from odlkit import data
+    from odlkit.tasks.deblur import versions
+    from odlkit.training.loop import commit, hardware
+    from odlkit.weights import card
+
+    return {
+        "command": f"odlkit bench {suite} --json book/results/{suite}.json",
+        "commit": commit(),
+        "seeds": list(seeds),
+        "versions": versions(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "data": {name: data.checksum(name) for name in sets},
+        "weights": {name: card(name)["sha256"] for name in weights},
+    }
