@@ -67,8 +67,8 @@ def set3c(progress: bool = False) -> dict[str, Any]:
     for seed, kernel in _cases(SEEDS, kernels, "set3c", progress):
         blur, y = observe(truth, kernel, seed)
         if kernel is kernels[0]:
-            for rows in scores.values():
-                rows.append([])
+            for by_seed in scores.values():
+                by_seed.append([])
         scores["blurred"][-1].append(psnr(y, truth))
         for name, model in task.MODELS.items():
             scores[name][-1].append(psnr(model.run(y, blur, SIGMA, None, False).x, truth))
@@ -78,10 +78,11 @@ def set3c(progress: bool = False) -> dict[str, Any]:
         path, kept = epadnet_path(blur, y, truth)
         paths["epadnet"].append(path)
         accepted.append(kept)
-    table = {name: torch.stack([torch.stack(row) for row in rows]) for name, rows in scores.items()}  # (seeds, kernels, 3)
-    path = {name: torch.stack(rows).mean((0, 2)) for name, rows in paths.items()}  # (steps,)
+    # each (seeds, kernels, images)
+    table = {name: torch.stack([torch.stack(row) for row in by_seed]) for name, by_seed in scores.items()}
+    means = {name: torch.stack(runs).mean((0, 2)) for name, runs in paths.items()}  # (steps,)
     best = max((n for n in table if n not in ("blurred", "ipadnet", "epadnet")), key=lambda n: table[n].mean().item())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "method": name,
             "psnr": round(t.mean().item(), 3),
@@ -97,8 +98,8 @@ def set3c(progress: bool = False) -> dict[str, Any]:
         "ipadnet_above_best_classical": round((table["ipadnet"] - table[best]).mean().item(), 3),
         "shared_energy": {
             "iterations": list(range(1, STEPS + 1)),
-            "psnr": {name: [round(v, 3) for v in p.tolist()] for name, p in path.items()},
-            "epadnet_never_below": bool(((path["epadnet"] >= path["admm"]) & (path["epadnet"] >= path["hqs"])).all()),
+            "psnr": {name: [round(v, 3) for v in p.tolist()] for name, p in means.items()},
+            "epadnet_never_below": bool(((means["epadnet"] >= means["admm"]) & (means["epadnet"] >= means["hqs"])).all()),
             "epadnet_starts_from": "the gradient of the implicit network's image; ADMM and HQS from the data's gradient",
         },
         "acceptance_rate": round(torch.stack(accepted).mean().item(), 3),
@@ -137,7 +138,7 @@ def table_2(progress: bool = False) -> dict[str, Any]:
         "rows": rows,
         "acceptance_rate": round(sum(decisions) / len(decisions), 3),
         "seconds": round(time.monotonic() - clock),
-        "why_they_differ": "the paper has 32 pairs and does not say how it chose the noise level, the border and the weights; "
+        "why_they_differ": "the paper has 32 pairs and does not say how it set the noise level, the border and the weights; "
         "here 24 pairs, one network for every noise level, the level estimated, a border of 15 pixels left out",
     } | provenance("padnet-table-2", ("levin09",), (), ("padnet-image",))
 
