@@ -1,4 +1,4 @@
-"""Pictures and kernels as files: read with their depth, channels and alpha known, written back the same way, whole or not at all.
+"""Pictures and kernels as files: read with their depth, channels and alpha, written back the same way, whole or not at all.
 
 Pillow reads and writes everything except 16-bit colour, which it would silently cut to 8 bits: pypng (PNG) and tifffile
 (TIFF) do that.  Every refusal is a ``ValueError`` of one sentence that names the argument.
@@ -55,7 +55,8 @@ def read(path: Path | str, name: str = "input") -> Picture:
         raise ValueError(f"{name}: expected a readable PNG, JPEG, BMP or TIFF image, {path} is not ({reason})") from error
     array = array[..., None] if array.ndim == 2 else array
     if min(array.shape[:2]) < SMALLEST:
-        raise ValueError(f"{name}: expected at least {SMALLEST}x{SMALLEST} pixels, {path} has {array.shape[0]}x{array.shape[1]}")
+        size = f"{array.shape[0]}x{array.shape[1]}"
+        raise ValueError(f"{name}: expected at least {SMALLEST}x{SMALLEST} pixels, {path} has {size}")
     alpha = array[..., -1].copy() if array.shape[2] in (2, 4) else None
     colour = array[..., : array.shape[2] - (alpha is not None)]
     bits = 8 * array.dtype.itemsize
@@ -173,43 +174,23 @@ class atomic:
             self.temporary.unlink(missing_ok=True)
 
 
-def read_kernel(path: Path | str, name: str = "kernel") -> tuple[Tensor, str | None]:
-    """A convolution kernel ``(h, w)`` float64 with sum 1, centre at ``(h // 2, w // 2)``, from ``.npy`` or a picture.
+def read_kernel(path: Path | str, name: str = "kernel") -> Tensor:
+    """The numbers of a ``.npy`` file or of a picture (the mean of its channels, alpha left out) as float64, not yet checked.
 
-    The second value is a note when the sum was not 1, else ``None``.  Raises ``ValueError`` when the file is missing or
-    corrupt, has not two dimensions, holds NaN or infinity, or its sum is not positive.
+    Raises ``ValueError`` when the file is missing, corrupt, or holds no real numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{name}: expected a .npy file or an image, {path} does not exist or is not a file")
-    if path.suffix.lower() in SUFFIXES:
-        array = _decode_kernel_image(path, name)
-    else:
-        try:
-            array = np.load(path, allow_pickle=False)
-            array = np.asarray(array, dtype=np.float64) if array.dtype.kind in "biuf" else np.empty(0)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise ValueError(f"{name}: expected a .npy file or an image, {path} is neither ({reason})") from error
-    return normalised(array, name)
-
-
-def _decode_kernel_image(path: Path, name: str) -> np.ndarray:
     try:
-        array = np.asarray(_decode(path)[0], dtype=np.float64)
-    except Exception as error:
-        raise ValueError(f"{name}: expected a readable kernel image, {path} is not") from error
-    return array[..., : array.shape[2] - (array.shape[2] in (2, 4))].mean(2) if array.ndim == 3 else array
-
-
-def normalised(array: np.ndarray, name: str = "kernel") -> tuple[Tensor, str | None]:
-    """Check a kernel ``(h, w)`` and scale it to sum 1; the second value says what was done, or is ``None``."""
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name}: expected a two-dimensional array of real numbers, got shape {tuple(array.shape)}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-    total = float(array.sum())
-    if not total > 1e-12 * np.abs(array).max(initial=0.0) * array.size or total == 0:
-        raise ValueError(f"{name}: expected numbers with a positive sum, got a sum of {total:.3g}")
-    note = None if abs(total - 1) < 1e-3 else f"{name}: its sum was {total:.6g}; it was normalised to 1"
-    return torch.from_numpy(array / total), note
+        if path.suffix.lower() in SUFFIXES:
+            array = _decode(path)[0]
+            array = array[..., : array.shape[2] - (array.shape[2] in (2, 4))].mean(2) if array.ndim == 3 else array
+        else:
+            array = np.load(path, allow_pickle=False)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"its type is {array.dtype}, expected real numbers")
+    except Exception as error:  # decoders raise a dozen types on broken files
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{name}: expected a readable .npy file or image, {path} is not ({reason})") from error
+    return torch.from_numpy(np.array(array, dtype=np.float64))

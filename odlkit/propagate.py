@@ -155,7 +155,7 @@ def propagate(
     if progress:
         from tqdm import tqdm
 
-        counter = tqdm(counter, desc=type(step).__name__, delay=1)
+        counter = tqdm(counter, desc=type(step).__name__, delay=3, leave=False)
     with torch.no_grad():
         for count in counter:
             previous = state.x

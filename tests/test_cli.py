@@ -116,7 +116,8 @@ def test_bad_options_are_refused(folder, words):
      (["restore", "deblur"], "input: expected"), (["restore", "deblur", "a.png"], "output: expected"),
      (["restore", "deblur", "a.png", "-o", "b.png"], "kernel: expected"), (["certify", "no-theorem"], "name: expected"),
      (["train", "no-recipe"], "recipe: expected"), (["data", "fetch", "no-set"], "data: unknown set"),
-     (["fly"], "No such command"), (["bench"], "suite: expected"), (["certify", "--json", "no/such/folder/c.json"], "json: expected")],
+     (["fly"], "No such command"), (["bench"], "suite: expected"),
+     (["certify", "--json", "no/such/folder/c.json"], "json: expected")],
 )  # fmt: skip
 def test_other_bad_words_are_refused(tmp_path, words, name):
     refused(odlkit(*words), tmp_path, name)
