@@ -63,6 +63,7 @@ def inequality(name: str, left: Tensor, right: Tensor, floor: Tensor, scale: Ten
 def descent(trace: Trace, kappa: float, slack: float = 1e-13) -> Check:
     """``F(x^k) - F(x^{k+1}) >= kappa ||x^{k+1} - x^k||^2`` up to ``slack |F|``; the margin is relative to ``|F|``.
 
+    (A floor for energies that stay away from 0; near 0 the round-off of ``||A x - y||`` is relative to ``||y||``.)
     Eq: PADNet (21), repaired: ``kappa = mu - 1 / (2 tau) - C_E`` for convex f and any prior (`Constants.kappa`).
     """
     energy = trace.with_start("energy")
