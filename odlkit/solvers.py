@@ -106,6 +106,9 @@ def HQS(penalty: float, growth: float = 1.0) -> Splitting:
     return Splitting(penalty, growth, dual=False)
 
 
-def PlugAndPlay(denoiser: Callable[[Tensor, float], Tensor], penalty: float, growth: float = 1.0, dual: bool = False) -> Splitting:
+Denoiser = Callable[[Tensor, float], Tensor]  # (z, noise level) -> z
+
+
+def PlugAndPlay(denoiser: Denoiser, penalty: float, growth: float = 1.0, dual: bool = False) -> Splitting:
     """Naive plug-and-play: a denoiser takes the prior's place, with no condition on it and no guarantee."""
     return Splitting(penalty, growth, dual=dual, denoiser=denoiser)

@@ -1,9 +1,9 @@
-"""PADNet: proximal alternating direction networks (AAAI 2019), explicit and implicit.
+"""PADNet: proximal alternating direction networks (AAAI 2018), explicit and implicit.
 
 Both propagate ``u`` (fidelity), ``v`` (network) and the scaled dual ``nu`` (the paper's lambda) by ADMM on the Moreau-Yosida
 regularised energy: ``u+ = argmin f(u) + (mu/2)||u - x||^2 + (rho/2)||u - (v - nu)||^2``, ``v+ = N_alpha(u+ + nu)``,
-``nu+ = nu + u+ - v+`` (PADNet 3, 5, 6).  The explicit form adds the error correction of Step 4 and, here, the fallback that closes
-Algorithm 2's hole, so that the error condition holds at every iteration whatever the network does.
+``nu+ = nu + u+ - v+`` (PADNet 3, 5, 6).  The explicit form adds the error correction of Step 4 and, here, the fallback that
+closes Algorithm 2's hole, so that the error condition holds at every iteration whatever the network does.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Constants:
     def check(self, lipschitz: float) -> None:
         """Raise ``ValueError`` unless the constants make the repaired theorem true for this L."""
         if self.kappa <= 0:
-            raise ValueError(f"constants: moreau - 1/(2 step_size) - tolerance = {self.kappa:.3g}, expected a positive number")
+            raise ValueError(f"constants: expected moreau - 1/(2 step_size) - tolerance > 0, got {self.kappa:.3g}")
         slope = self.moreau - 1 / self.step_size
         needed = max(abs(slope), abs(slope + lipschitz))
         if self.tolerance < needed * (1 - 1e-12):
