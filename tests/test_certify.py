@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,3 +260,10 @@ def test_errata_the_l0_energy_is_not_coercive_when_a_has_a_null_space():
     fidelity = LeastSquares(Blur(torch.full((1, 2), 0.5, dtype=torch.float64)), 0 * pattern)
     energies = [[Problem(fidelity, Lp(p, 1.0)).energy(t * pattern).item() for t in (1.0, 1e6)] for p in (0, 0.8)]
     assert energies[0][1] == pytest.approx(energies[0][0]) and energies[1][1] > 1e4 * energies[1][0]
+
+
+def test_the_tests_that_the_errata_name_exist():
+    folder = Path(__file__).parent
+    named = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+?)(?:\[.*?\])?`", (folder.parent / "book" / "errata.md").read_text()))
+    source = "".join((folder / name).read_text() for name in ("test_certify.py", "test_padnet.py"))
+    assert len(named) >= 10 and not {name for name in named if f"def {name}(" not in source}
