@@ -31,7 +31,9 @@ def load(name: str) -> nn.Module:
     """The network ``N_alpha`` of that name on the CPU, float32, in evaluation mode; called as ``network(v, alpha)``.
 
     ``card["network"]`` is ``{"kind": "conv" | "rbf", "units": [config, ...], "bound": float | None}``, the arguments of a
-    `ResidualNet`.  Raises ``ValueError`` for unknown names and for a file whose SHA-256 is not the card's.
+    `ResidualNet`; where ``card["schedule"]`` has ``stages``, ``units`` is one such list for each iteration and the result is
+    `odlkit.models.padnet_gradient.Stages`.  Raises ``ValueError`` for unknown names and for a file whose SHA-256 is not
+    the card's.
     """
     from safetensors.torch import load as parse
 
@@ -43,7 +45,12 @@ def load(name: str) -> nn.Module:
     if hashlib.sha256(blob).hexdigest() != about["sha256"]:
         raise ValueError(f"weights: {path.name} does not have the SHA-256 that its card records")
     network = about["network"]
-    unit = UNITS[network["kind"]]
-    model = ResidualNet([unit(**config) for config in network["units"]], bound=network["bound"])
+    if "stages" in about["schedule"]:  # networks that change with the iteration
+        from odlkit.models.padnet_gradient import Stages
+
+        model: nn.Module = Stages(network["units"], network["bound"])
+    else:
+        unit = UNITS[network["kind"]]
+        model = ResidualNet([unit(**config) for config in network["units"]], bound=network["bound"])
     model.load_state_dict(parse(blob))
     return model.eval().requires_grad_(False)

@@ -44,7 +44,8 @@ def test_bounded_net_meets_condition_2_for_any_input(kind, scale, device, dtype)
         def forward(self, v, alpha):
             return -50 * v.square() - 1e3
 
-    unit = {"conv": lambda: ConvUnit(channels=2, width=4, depth=3), "rbf": lambda: RBFUnit(filters=3, size=3), "wild": Wild}[kind]()
+    conv, rbf = (lambda: ConvUnit(channels=2, width=4, depth=3)), (lambda: RBFUnit(filters=3, size=3))
+    unit = {"conv": conv, "rbf": rbf, "wild": Wild}[kind]()
     net = ResidualNet([unit, unit], bound=0.05).to(device, dtype)
     v = scale * torch.randn(3, 2, 6, 5, device=device, dtype=dtype)
     alpha = torch.tensor([0.5, 0.1, 1e-3], device=device, dtype=dtype).view(3, 1, 1, 1)

@@ -1,6 +1,6 @@
 """PADNet on image gradients: networks that change with the iteration, and an error correction that is repeated.
 
-The problem is PADNet (14), ``min_g (weight / 2) ||k * g - D y||^2 + weight lambda ||g||_p^p`` over the gradient field g, with
+The problem is PADNet (14) over the gradient field g, ``min (weight / 2) ||k * g - D y||^2 + weight lambda ||g||_p^p``, with
 ``weight = 1 / (2 sigma^2)``, the inverse variance of the noise in ``D y``, so that penalties and noise levels are related by
 ``rho = alpha^{-2}`` as in Algorithm 2.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ BOUND = 3.0  # Condition 2's constant per value
 
 
 def gradient_problem(y: Tensor, kernel: Tensor, sigma: float, p: float | None = None, lam: float = 0.0) -> Problem:
-    """The energy above for a blurred image ``y`` ``(B, C, H, W)``; the unknown is ``(B, 2C, H, W)``.  ``p = None``: no prior."""
+    """The energy above for a blurred image ``y`` ``(B, C, H, W)``, over ``(B, 2C, H, W)``; without a prior if p is None."""
     weight = 0.5 / sigma**2
     prior = None if p is None else Lp(p, weight * lam)
     return Problem(LeastSquares(Blur(kernel), Gradient().A(y), weight), prior)
@@ -44,7 +45,8 @@ class Stages(nn.Module):
 
     def card(self) -> dict:
         """What rebuilds the shape of these networks: ``Stages(card["units"], card["bound"])``."""
-        return {"kind": "rbf", "units": [[unit.config for unit in net.units] for net in self.nets], "bound": self.bound}
+        nets = cast(list[ResidualNet], list(self.nets))
+        return {"kind": "rbf", "units": [[cast(RBFUnit, u).config for u in net.units] for net in nets], "bound": self.bound}
 
 
 @dataclass
@@ -82,10 +84,11 @@ class BothConditions:
 class Repeated(Explicit):
     """EPADNet whose error correction (7) is applied up to ``corrections`` times to a proposal, until the control accepts.
 
-    Each correction is a proximal-gradient step on ``F_k = F + (mu / 2) ||. - x^k||^2``, so the computable error shrinks however
-    small mu is, and a small mu is what allows long steps.  The fallback is the same from ``x^k`` itself, without a limit but
-    ``patience``: with ``tau <= 1 / (L + mu)`` it lowers ``F_k`` every time, hence ``F(x+) <= F(x^k) - (mu / 2) ||x+ - x^k||^2``.
-    With one correction this is `Explicit`.  Also recorded: ``corrections``, how many were computed.
+    Each correction is a proximal-gradient step on ``F_k = F + (mu / 2) ||. - x^k||^2``, so the computable error shrinks
+    however small mu is, and a small mu is what allows long steps.  The fallback is the same from ``x^k`` itself, without a
+    limit but ``patience``: with ``tau <= 1 / (L + mu)`` every correction lowers ``F_k``, which gives
+    ``F(x+) <= F(x^k) - (mu / 2) ||x+ - x^k||^2``.  With one correction this is `Explicit`.  Also recorded: ``corrections``,
+    how many were computed.
     """
 
     corrections: int = 20

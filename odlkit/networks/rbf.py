@@ -48,8 +48,8 @@ class _Mixture(torch.autograd.Function):
 class RBFUnit(nn.Module):
     """A descent direction ``G(v) = K2 phi(K1 v / alpha)`` with a learned scalar function ``phi_i`` for each filter.
 
-    ``phi_i(z) = sum_j w_ij exp(-(z - m_j)^2 / (2 s^2))`` on a fixed even grid ``m_j`` of spacing s (Schmidt and Roth 2014, as in
-    PADNet, "Convergence Behaviors on Gradient Domain").  Because every ``phi_i`` is bounded, so is ``G``: see `bound`.
+    ``phi_i(z) = sum_j w_ij exp(-(z - m_j)^2 / (2 s^2))`` on a fixed even grid ``m_j`` of spacing s (Schmidt and Roth 2014,
+    as in PADNet, "Convergence Behaviors on Gradient Domain").  Because every ``phi_i`` is bounded, so is ``G``: see `bound`.
 
     Shapes: ``v`` is ``(B, channels, H, W)`` with sides of at least ``size // 2``; ``alpha`` a float or ``(B, 1, 1, 1)``, the
     scale of the noise in ``v``; the result has the shape of ``v`` and unit scale.
@@ -79,8 +79,8 @@ class RBFUnit(nn.Module):
     def bound(self) -> float:
         """A constant C with ``||G(v)|| <= C sqrt(n)`` for every ``v`` of n values: PADNet's Condition 2 by construction.
 
-        ``|phi_i| <= min(sum_j |w_ij|, sqrt(2 pi) (1 + 1e-8) max_j |w_ij|)``, since unit Gaussians at all integers sum to at most
-        that; a filter then multiplies a supremum by its l1 norm at most.
+        ``|phi_i| <= min(sum_j |w_ij|, sqrt(2 pi) (1 + 1e-8) max_j |w_ij|)``, since unit Gaussians at all integers sum to at
+        most that; a filter then multiplies a supremum by its l1 norm at most.
         """
         size = self.weights.detach().abs().double()
         curve = torch.minimum(size.sum(1), math.sqrt(2 * math.pi) * (1 + 1e-8) * size.amax(1))  # (filters,)

@@ -1,7 +1,7 @@
 """Fitting: greedy, one unit at a time, and joint, through the iteration."""
 
 # Name of the weights -> where the function ``(out, resume)`` that makes them is; imported when asked for.
-RECIPES = {"padnet-image": "odlkit.training.padnet:joint"}
+RECIPES = {"padnet-image": "odlkit.training.padnet:joint", "padnet-gradient": "odlkit.training.padnet_gradient:gradient"}
 
 
 def recipe(name: str):

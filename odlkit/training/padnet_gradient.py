@@ -1,8 +1,8 @@
 """Algorithm 2 of PADNet: design the networks on the gradient domain, unit by unit and iteration by iteration.
 
-At iteration k a network of convolution-RBF-convolution units is trained to take the propagation's own ``u^{k+1} + nu^k`` to the
-true gradient; units are added until the error condition holds, and iterations until the propagation stops.  Data: train400
-without its last images, blurred by random kernels; no benchmark image and no benchmark kernel is seen.
+At iteration k a network of convolution-RBF-convolution units is trained to take the propagation's own ``u^{k+1} + nu^k`` to
+the true gradient; units are added until the error condition holds, and iterations until the propagation stops.  Data:
+train400 without its last images, blurred by random kernels; no benchmark image and no benchmark kernel is seen.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from odlkit import data
-from odlkit.models.padnet import Implicit, Schedule
+from odlkit.models.padnet import Constants, Implicit, Schedule
 from odlkit.models.padnet_gradient import BOUND, Repeated, Stages, explicit, gradient_problem, implicit
 from odlkit.networks import RBFUnit, ResidualNet
 from odlkit.operators import Blur, Gradient
@@ -28,7 +29,7 @@ from odlkit.training.loop import commit, hardware, patches, save_weights
 
 SIGMA, FIRST, GROWTH, EPSILON, HELD_OUT = 0.01, 0.15, 4.0, 1e-2, 12
 UNIT = {"channels": 2, "filters": 16, "size": 5, "centres": 15, "reach": 6.0}
-WEIGHTS = {1.0: 3e-3, 0.8: 1.5e-3, 0.0: 2e-4}  # lambda of (14) for each p, see `tune` in odlkit.bench.padnet_table_1
+WEIGHTS = {1.0: 4e-3, 0.8: 2e-3, 0.0: 5e-4}  # lambda of (14) for each p, see `tune` in odlkit.bench.padnet_table_1
 
 
 def blurred(images: list[Tensor], count: int, size: int, seed: int, sigma: float = SIGMA) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +42,16 @@ def blurred(images: list[Tensor], count: int, size: int, seed: int, sigma: float
 
 
 def fit_network(
-    net: ResidualNet, w: Tensor, alpha: float, truth: Tensor, *, steps: int, lr: float, seed: int, batch: int = 8, crop: int = 32
+    net: ResidualNet,
+    w: Tensor,
+    alpha: float,
+    truth: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    batch: int = 8,
+    crop: int = 32,
 ) -> float:
     """Fit ``N_alpha(w) ~ truth`` ``(B, C, H, W)`` with Adam on random crops, in relative squared error.
 
@@ -94,17 +104,18 @@ def design(
 ) -> tuple[Stages, list[dict]]:
     """Algorithm 2: the networks of all iterations and, for each iteration, what happened.
 
-    ``problem`` is a batch of training problems with true solutions ``truth`` ``(B, C, H, W)``; ``make_step(net)`` is the step of one
-    iteration with that network (its control is Condition 1).  At iteration k units are added one at a time; each time all
-    units so far are trained, from where they are, on the batch's ``u^{k+1} + nu^k``.  Adding stops when the step accepts the
-    network's proposal for at least ``share`` of the batch, or at ``t_max`` units.  Where the condition fails even then, the
-    step's fallback acts, image by image (Algorithm 2 as printed would keep the violating candidate).  The iteration stops
-    when the mean of ``||x^{k+1} - x^k|| / ||x^k||`` is at most ``epsilon``, or after ``k_max`` iterations.
+    ``problem`` is a batch of training problems with true solutions ``truth`` ``(B, C, H, W)``; ``make_step(net)`` is the
+    step of one iteration with that network (its control is Condition 1).  At iteration k units are added one at a time;
+    each time all units so far are trained, from where they are, on the batch's ``u^{k+1} + nu^k``.  Adding stops when the
+    step accepts the network's proposal for at least ``share`` of the batch, or at ``t_max`` units.  Where the condition
+    fails even then, the step's fallback acts, image by image (Algorithm 2 as printed would keep the violating candidate).
+    The iteration stops when the mean of ``||x^{k+1} - x^k|| / ||x^k||`` is at most ``epsilon``, or after ``k_max``.
 
     ``check=False`` is the implicit case: nothing is checked, every network has ``t_max`` units, which from the second
-    iteration on are trained together.  New units start as copies of
-    those in the same place of the iteration before, or of ``start``; one that has nothing to copy trains three times as long.  With a ``checkpoint`` file every trained network is
-    kept, and a second call replays them: a run that was interrupted ends with the same weights, bit for bit.
+    iteration on are trained together.  New units start as copies of those in the same place of the iteration before, or of
+    ``start``; a network whose last unit has nothing to copy trains three times as long at four times the rate.  With a
+    ``checkpoint`` file every trained network is kept, and a second call replays them: a run that was interrupted ends with
+    the same weights, bit for bit.
     """
     from tqdm import tqdm
 
@@ -126,7 +137,8 @@ def design(
         w, alpha = seen[0], schedule(k)[1]
         units: list[nn.Module] = []
         for t in range(t_max):
-            units.append(_new_unit(unit, t, start.nets[k : k + 1] if start and k < len(start) else stages.nets[-1:], seed + k * t_max + t))
+            earlier = start.nets[k] if start is not None and k < len(start) else stages.nets[-1] if k else None
+            units.append(_new_unit(unit, t, cast(ResidualNet | None, earlier), seed + k * t_max + t))
             net = ResidualNet(units, bound).to(w)
             if not check and k and t + 1 < t_max:
                 continue
@@ -135,8 +147,9 @@ def design(
                 net.load_state_dict(kept[name]["net"])
                 error = kept[name]["error"]
             else:
-                length = steps if k or start else 3 * steps
-                error = fit_network(net, w, alpha, truth, steps=length, lr=lr, seed=seed + 1000 * k + t)
+                fresh = earlier is None or t >= len(cast(ResidualNet, earlier).units)  # nothing to start from
+                length, rate = (3 * steps, lr) if fresh else (steps, lr / 4)
+                error = fit_network(net, w, alpha, truth, steps=length, lr=rate, seed=seed + 1000 * k + t)
                 kept[name] = {"net": copy.deepcopy(net.state_dict()), "error": error}
                 if checkpoint is not None:
                     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -163,11 +176,10 @@ def design(
     return stages, log
 
 
-def _new_unit(config: dict, place: int, sources: nn.ModuleList, seed: int) -> RBFUnit:
+def _new_unit(config: dict, place: int, earlier: ResidualNet | None, seed: int) -> nn.Module:
     """A unit that starts as the one in the same place of an earlier network, if there is one."""
-    for net in sources:
-        if place < len(net.units):
-            return copy.deepcopy(net.units[place])  # type: ignore[return-value]
+    if earlier is not None and place < len(earlier.units):
+        return copy.deepcopy(earlier.units[place])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RBFUnit(**config)
@@ -187,14 +199,16 @@ def gradient(out: Path, resume: bool = False, count: int = 48, size: int = 96, s
         lam = 0.0 if p is None else WEIGHTS[p]
         problem = gradient_problem(y, kernel, SIGMA, p, lam)
         constants = Repeated.constants_for(problem.lipschitz)
+
+        def make_step(net: ResidualNet, p: float | None = p, constants: Constants = constants) -> Step:
+            return Implicit(net, schedule) if p is None else Repeated([net], constants, schedule)
+
         clock = time.process_time()
         stages, log = design(
             problem,
             truth,
             x0,
-            (lambda net: Implicit(net, schedule))  # noqa: B023
-            if p is None
-            else (lambda net, c=constants: Repeated([net], c, schedule)),
+            make_step,
             schedule,
             check=p is not None,
             start=start,
@@ -208,12 +222,12 @@ def gradient(out: Path, resume: bool = False, count: int = 48, size: int = 96, s
         result = propagate(step, held, Gradient().A(yv), steps=len(stages), truth=truth_v)
         card = {
             "name": name,
-            "what": "networks of convolution-RBF-convolution units on image gradients, one for each iteration, by Algorithm 2 of "
-            + ("PADNet; implicit" if p is None else f"PADNet; explicit with the l{p:g} prior of weight {lam:g}"),
+            "what": "convolution-RBF-convolution networks on image gradients, one an iteration, by Algorithm 2 of PADNet; "
+            + ("implicit" if p is None else f"explicit with the l{p:g} prior of weight {lam:g}"),
             "recipe": "odlkit train padnet-gradient",
-            "data": f"train400 without its last {HELD_OUT} images: {count} crops of {size}x{size}, random blur kernels, noise {SIGMA}",
+            "data": f"train400 without its last {HELD_OUT} images: {count} crops of {size}x{size}, random blur kernels",
             "network": stages.card(),
-            "schedule": {"first": FIRST, "growth": GROWTH, "depth": len(stages)},
+            "schedule": {"first": FIRST, "growth": GROWTH, "stages": len(stages)},
             "energy": {"p": p, "lambda": lam, "sigma": SIGMA},
             "constants": None if p is None else {"moreau": 0.3, "tolerance": 0.45, "times": "lipschitz, moreau"},
             "steps": steps if p is None else steps // 2,
