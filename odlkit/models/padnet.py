@@ -101,7 +101,8 @@ class Constants:
     def check(self, lipschitz: float) -> None:
         """Raise ``ValueError`` unless the constants make the repaired theorem true for this L."""
         if self.kappa <= 0:
-            raise ValueError(f"constants: expected moreau - 1/(2 step_size) - tolerance > 0, got {self.kappa:.3g}")
+            kappa = "moreau - 1/(2 step_size) - tolerance"
+            raise ValueError(f"constants: {kappa} = {self.kappa:.3g}, expected a positive number")
         slope = self.moreau - 1 / self.step_size
         needed = max(abs(slope), abs(slope + lipschitz))
         if self.tolerance < needed * (1 - 1e-12):
