@@ -5,6 +5,7 @@ Everything is float64 and uses the pictures that ship inside scikit-image, so no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,23 @@ def gradient_problem(name: str, size: int, p: float, kernel: Tensor) -> tuple[Pr
     return Problem(LeastSquares(blur, data), Lp(p, WEIGHT[p])), data
 
 
+def _first_unit(card: dict) -> dict:
+    unit = card["network"]["units"][0]
+    return unit[0] if isinstance(unit, list) else unit
+
+
+def _at_any_level(model: Any, schedule: dict) -> Callable[[Tensor, Any], Tensor]:
+    """Networks that were trained one for each iteration, as one network: the stage whose alpha is nearest."""
+    if "stages" not in schedule:
+        return model
+
+    def network(v: Tensor, alpha: Any) -> Tensor:
+        k = round(2 * math.log(schedule["first"] / float(alpha)) / math.log(schedule["growth"]))
+        return model.nets[min(max(k, 0), len(model.nets) - 1)](v, alpha)
+
+    return network
+
+
 def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
     """A trained (if one of this kind is installed), an untrained and an adversarial network, for ``kind`` rbf or conv.
 
@@ -60,12 +78,12 @@ def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
     oscillates: ``v - 8 (N(v) - v) + 0.3 alpha sin(40 v)``.
     """
     channels = 2 if kind == "rbf" else 1
-    about = {name: card["network"] for name, card in weights.cards().items()}
-    fits = [n for n, net in about.items() if net["kind"] == kind and net["units"][0].get("channels", channels) == channels]
+    about = {name: card for name, card in weights.cards().items() if card["network"]["kind"] == kind}
+    fits = [name for name, card in about.items() if _first_unit(card).get("channels", channels) == channels]
     with torch.random.fork_rng(devices=[]):  # building a module draws from the global generator
         torch.manual_seed(0)
         raw = ResidualNet([RBFUnit() if kind == "rbf" else ConvUnit(width=16)]).eval().requires_grad_(False)
-        trained = weights.load(fits[0]) if fits else None
+        trained = _at_any_level(weights.load(fits[0]), about[fits[0]]["schedule"]) if fits else None
 
     def play(net: Callable, factor: float = 1.0, wave: float = 0.0) -> Network:
         def network(v: Tensor, alpha: Any) -> Tensor:

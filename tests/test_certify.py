@@ -264,6 +264,7 @@ def test_errata_the_l0_energy_is_not_coercive_when_a_has_a_null_space():
 
 def test_the_tests_that_the_errata_name_exist():
     folder = Path(__file__).parent
-    named = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+?)(?:\[.*?\])?`", (folder.parent / "book" / "errata.md").read_text()))
+    page = (folder.parent / "book" / "errata.md").read_text()
+    named = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+?)(?:\[.*?\])?`", page))
     source = "".join((folder / name).read_text() for name in ("test_certify.py", "test_padnet.py"))
     assert len(named) >= 10 and not {name for name in named if f"def {name}(" not in source}
