@@ -60,7 +60,7 @@ def test_theorem_1_holds_for_every_network_and_the_networks_are_used(report):
     assert {row["instance"] for row in entry["details"]} == {"camera, p = 1", "coins, p = 0.8", "astronaut, p = 0"}
     assert {"untrained", "adversary"} <= {row["network"] for row in rows}
     assert 0.3 < entry["acceptance_rate"] <= 1  # not vacuous: the network's step is kept often
-    assert all(row["acceptance_rate"] > 0.1 for row in entry["details"])
+    assert all(row["acceptance_rate"] > 0.1 for row in entry["details"] if row["network"] == "untrained")
 
 
 def test_criticality_and_the_unique_minimum_of_the_convex_energy(report):
