@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from odlkit import data
+from odlkit import data, weights
+from odlkit.bench import padnet_table_1 as table
 from odlkit.control import AlwaysAccept
 from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
 from odlkit.models.padnet_gradient import Repeated, Stages, explicit, gradient_problem, implicit
 from odlkit.operators import Blur, Gradient
-from odlkit.propagate import Status, propagate
+from odlkit.propagate import Result, Status, Trace, propagate
 from odlkit.training.padnet_gradient import design, fit_network
 
 SIGMA = 0.02
@@ -158,3 +159,36 @@ def test_accept_always_is_not_certified():
 def test_constants_are_checked(arguments):
     with pytest.raises(ValueError, match="moreau, tolerance"):
         Repeated.constants_for(1.0, **arguments)
+
+
+def test_the_stopping_iteration_is_the_first_that_meets_the_rule():
+    trace = Trace()
+    changes = [(5.0, 5.0), (0.2, 0.05), (0.05, 0.5), (0.5, 0.5)]
+    errors = [(0.9, 0.8), (0.7, 0.6), (0.5, 0.4), (0.3, 0.2)]
+    for change, error in zip(changes, errors, strict=True):
+        row = {"change": change, "norm": (10.0, 10.0), "error": error}
+        trace.rows.append({name: torch.tensor(values, dtype=torch.float64) for name, values in row.items()})
+    count, error = table.stops(Result(torch.zeros(2), Status.STEP_LIMIT, 4, 0.05, trace, None))
+    assert count.tolist() == [3, 2] and error.tolist() == [0.5, 0.6]  # epsilon = 0.01: 0.05 <= 0.1 at k = 3 and k = 2
+    for row in trace.rows:
+        row["change"] = torch.full((2,), 5.0, dtype=torch.float64)
+    count, error = table.stops(Result(torch.zeros(2), Status.STEP_LIMIT, 4, 0.5, trace, None))
+    assert count.tolist() == [table.LIMIT] * 2 and error.tolist() == [0.3, 0.2]  # never: the limit, and the last error
+
+
+@pytest.mark.parametrize("p", [None, *table.GRID])
+def test_shipped_networks_certify_on_a_picture_they_never_saw(p):
+    name = "padnet-gradient" if p is None else table.network_name(p)
+    if name not in weights.cards():
+        pytest.skip("not trained yet")
+    card, stages = weights.card(name), weights.load(name)
+    assert [len(units) for units in card["network"]["units"]] == [row["units"] for row in card["history"]]
+    assert card["history"][-1]["change"] <= 0.01 or len(stages.nets) == 12  # Algorithm 2's rule, or its limit
+    problem, truth, x0 = toy(p, card["energy"]["lambda"])
+    schedule = Schedule(card["schedule"]["first"] ** -2, card["schedule"]["growth"])
+    constants = Repeated.constants_for(problem.lipschitz)
+    step = implicit(stages, schedule) if p is None else explicit(stages, schedule, constants)
+    trace = propagate(step, problem, x0, steps=len(stages), truth=truth).trace
+    assert (trace["error"][-1] < trace.start["error"]).all()
+    if p is not None:
+        assert (trace["residual"] <= constants.tolerance * trace["change"] * (1 + 1e-5)).all()

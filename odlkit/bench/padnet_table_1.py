@@ -28,7 +28,7 @@ from odlkit.solvers import ADMM, HQS
 from odlkit.training.padnet_gradient import EPSILON, HELD_OUT, SIGMA, blurred
 
 SEEDS, LIMIT, SIZE = (0, 1, 2), 150, 128
-GRID = {1.0: (2e-3, 4e-3, 8e-3), 0.8: (1e-3, 2e-3, 4e-3), 0.0: (2e-4, 5e-4, 1e-3)}  # lambda for each p
+GRID = {1.0: (2e-3, 4e-3, 8e-3), 0.8: (1e-3, 2e-3, 4e-3), 0.0: (1e-4, 2e-4, 5e-4)}  # lambda for each p
 PENALTIES: dict[str, list[tuple[float, float]]] = {  # (rho_0 / L, growth)
     "ADMM": [(rho, 1.0) for rho in (0.03, 0.1, 0.3, 1.0, 3.0)],
     "HQS": list(product((1e-2, 3e-2, 1e-1), (1.15, 1.3, 1.6))),
@@ -74,8 +74,8 @@ def tune(bar: Any = None) -> dict[float, dict]:
         problem, row = gradient_problem(y, kernel, SIGMA, p, lam), {"lambda": lam, "end_errors": ends}
         for name, choices in PENALTIES.items():
             runs = {c: go(splitting(name, problem.lipschitz, c), problem, x0, truth) for c in choices}
-            scores = [(*(n.mean().item() for n in reversed(stops(r))), c) for c, r in runs.items()]
-            error, count, penalty = min(scores)
+            stopped = {c: stops(r) for c, r in runs.items()}
+            error, count, penalty = min((e.mean().item(), n.mean().item(), c) for c, (n, e) in stopped.items())
             row[name] = {"penalty": list(penalty), "iterations": round(count, 2), "error": round(error, 4)}
         best[p] = row
         if bar is not None:
