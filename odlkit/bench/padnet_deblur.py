@@ -171,9 +171,9 @@ def tune(progress: bool = False) -> dict[str, Any]:
         return problem.fidelity.image(_solve(ADMM(beta), problem, Gradient().A(y)))  # type: ignore[attr-defined]
 
     grids: dict[str, dict[float, Callable[[Blur, Tensor], Tensor]]] = {
-        "tv": {f: partial(tv, f) for f in (4.0, 6.0, 8.0, 11.0)},
-        "l08": {f: partial(l08, f) for f in (2.0, 3.0, 4.5, 6.5)},
-        "fista-wavelet": {f: partial(wavelet, f) for f in (4.0, 8.0, 12.0, 18.0)},
+        "tv": {f: partial(tv, f) for f in (6.0, 8.0, 10.0, 13.0)},
+        "l08": {f: partial(l08, f) for f in (3.0, 4.5, 6.5)},
+        "fista-wavelet": {f: partial(wavelet, f) for f in (12.0, 18.0, 27.0, 40.0)},
     }
     for beta in (0.02, 0.05, 0.1):
         grids[f"shared energy, beta = {beta}"] = {f: partial(shared, beta, f) for f in (3.0, 4.5, 6.5)}
