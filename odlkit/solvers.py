@@ -64,6 +64,14 @@ class FISTA:
         return state.next(x, z=torch.lerp(state.x, x, 1 + (t - 1) / t_next), t=t_next), {}
 
 
+def grown(first: float, growth: float, k: int) -> float:
+    """``first growth^k``, held at 1e24: far beyond any effect, and before floats overflow."""
+    try:
+        return min(first * growth**k, 1e24)
+    except OverflowError:
+        return 1e24
+
+
 @dataclass
 class Splitting:
     """Alternate the fidelity and the prior on ``v = W x``, with a scaled dual ``nu`` or without.
@@ -86,7 +94,7 @@ class Splitting:
         return State(x0, aux={"v": v, "nu": torch.zeros_like(v)})
 
     def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
-        rho, v, nu = min(self.penalty * self.growth**state.k, 1e24), state.aux["v"], state.aux["nu"]
+        rho, v, nu = grown(self.penalty, self.growth, state.k), state.aux["v"], state.aux["nu"]
         x = problem.prox_fidelity(v - nu if self.dual else v, 1 / rho)
         t = x if problem.transform is None else problem.transform.A(x)
         t = t + nu if self.dual else t
