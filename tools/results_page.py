@@ -47,8 +47,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with a column for every key that some row fills."""
     names = list(dict.fromkeys(key for row in rows for key in row if any(r.get(key) is not None for r in rows)))
     lines = [names, ["---"] * len(names), *([cell(row.get(name)) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(name.replace("_", " ") if i == 0 else name for name in line) + " |"
-                     for i, line in enumerate(lines))  # fmt: skip
+    lines[0] = [name.replace("_", " ").replace("psnr", "PSNR").replace("ssim", "SSIM") for name in names]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def with_paper(rows: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def with_paper(rows: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[
 def section(name: str, record: dict[str, Any]) -> str:
     """One record as a heading, its table, why it differs from the paper, its other numbers and its provenance."""
     rows = with_paper(record["rows"], record["paper"]) if "paper" in record else record["rows"]
-    parts = [f"(result-{name})=\n## {name}", f"{record['claim']}.", table(rows)]
+    parts = [f"(result-{name})=\n## {name}", record["claim"][:1].upper() + record["claim"][1:] + ".", table(rows)]
     if "why_they_differ" in record:
         parts.append(f"**Why they differ:** {record['why_they_differ']}.")
     shown = {"name", "claim", "rows", "paper", "why_they_differ", "seconds", "threads", *PROVENANCE}
