@@ -32,10 +32,10 @@ from odlkit.solvers import ADMM, FISTA
 FLOOR = 0.003  # the least noise level used: the networks saw none below, and rounding to 8 bits alone makes 0.001
 FILL = 0.01  # weight of the smoothness in the fill outside the picture
 TOLERANCE, CLASSICAL_STEPS = 1e-4, 150  # relative change at which the classical solvers stop, and the most steps they take
-TV_FACTOR, TV_PENALTY = 6.0, 20.0  # penalty rho = 20 lambda
-L08_FACTOR, L08_PENALTY = 3.0, 300.0
-WAVELET, LEVELS, WAVELET_FACTOR = "db4", 3, 12.0
-EPADNET_BETA, EPADNET_FACTOR = 0.05, 4.5  # the energy that is best for ADMM, so that no comparison favours EPADNet
+TV_FACTOR, TV_PENALTY = 10.0, 20.0  # penalty rho = 20 lambda
+L08_FACTOR, L08_PENALTY = 4.5, 300.0
+WAVELET, LEVELS, WAVELET_FACTOR = "db4", 3, 18.0
+EPADNET_BETA, EPADNET_FACTOR = 0.05, 4.5  # by ADMM's result, so that no comparison favours EPADNet
 EPADNET_MOREAU, EPADNET_STEP, EPADNET_TOLERANCE = 3.0, 1 / 3.5, 1.1  # mu / L, tau L, C_E / L: kappa = 0.15 L
 EPADNET_HALVINGS, EPADNET_STOP, EPADNET_STEPS = 4, 0.02, 30
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
