@@ -133,9 +133,9 @@ def summary(results: list[Result], tolerance: float | None) -> dict:
     counts, errors = (torch.stack([pair[i].mean() for pair in pairs]) for i in (0, 1))
     row: dict[str, Any] = {
         "iterations": round(counts.mean().item(), 2),
-        "iterations_spread": round(counts.std().item(), 2),
+        "iterations_spread": round(counts.std(correction=len(counts) > 1).item(), 2),
         "error": round(errors.mean().item(), 4),
-        "error_spread": round(errors.std().item(), 4),
+        "error_spread": round(errors.std(correction=len(errors) > 1).item(), 4),
         "never_stopped": round(sum((pair[0] >= LIMIT).to(torch.float64).mean().item() for pair in pairs) / len(pairs), 3),
         "status": sorted({r.status.value for r in results}),
     }
