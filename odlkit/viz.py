@@ -5,10 +5,13 @@ matplotlib is imported on first use.  The plots return its figures; `save` write
 
 from __future__ import annotations
 
+import base64
 import csv
+import html
+import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +124,117 @@ def save(fig: Figure, path: str | os.PathLike, data: Mapping[str, Sequence], alt
     with table.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([list(data), *zip_longest(*data.values(), fillvalue="")])
     return [path, table]
+
+
+BUDGET = 400_000  # bytes of text that one widget may add to a page
+
+
+def slider(
+    frames: Sequence[Tensor] | None = None,
+    labels: Sequence[Any] | None = None,
+    alts: Sequence[str] | Callable[[Any], str] = (),
+    name: str = "iteration",
+    *,
+    function: Callable[[Any], Tensor] | None = None,
+    values: Sequence[Any] = (),
+) -> Any:
+    """Pictures under a slider that works on a page without a kernel, by mouse and by arrow keys; the first is shown first.
+
+    ``frames`` are as for `show`, values in [0, 1]; ``labels`` (default 0, 1, ...) stand under them after ``name``.  ``alts``
+    says in words what each frame shows, or is a function of the label.  Instead of frames, ``function`` makes one of each of
+    the ``values``: all are computed at once and stored, and on a live kernel each is computed again when it is chosen, with
+    what the function then finds in the notebook.
+    Raises ``ValueError`` when a frame has no text of its own, numbers do not agree, or the widget is above `BUDGET`.
+    """
+    if function is not None:
+        frames, labels = [function(value) for value in values], list(values) if labels is None else labels
+    frames = list(frames or [])
+    labels = list(range(len(frames))) if labels is None else list(labels)
+    if not frames or len(frames) != len(labels):
+        raise ValueError(f"frames: expected one for each label and one at least, got {len(frames)} for {len(labels)} labels")
+    texts = [alts(label) for label in labels] if callable(alts) else list(alts)
+    pages = _pages(frames, [f"{name} {label}" for label in labels], texts)
+    import ipywidgets
+
+    look = {"layout": ipywidgets.Layout(width="min(100%, 24rem)"), "style": {"description_width": "initial"}}
+    options = [(str(label), i) for i, label in enumerate(labels)]
+    control = ipywidgets.SelectionSlider(options=options, description=name, **look)
+    widget = _stacked(control, pages)
+    if function is not None:
+
+        def again(change: Any) -> None:
+            i = change["new"]
+            widget.children[1].children[i].value = _pages([function(values[i])], [f"{name} {labels[i]}"], [texts[i]])[0]
+
+        control.observe(again, "index")
+    return widget
+
+
+def trace_slider(states: Sequence[Any], alt: str, at: Sequence[int] | None = None, name: str = "iteration") -> Any:
+    """`slider` over iterates: ``states`` holds one image an iteration from 0, or what `odlkit.propagate.iterate` yields.
+
+    ``at`` chooses iterations (default: all).  ``alt`` says what is seen, with ``{k}`` where the iteration stands; without
+    it, the iteration is put in front.
+    """
+    if not alt.strip():
+        raise ValueError("alt: expected a text that says what the iterates show")
+    images = [getattr(s[0] if isinstance(s, tuple) else s, "x", s) for s in states]
+    chosen = list(range(len(images))) if at is None else list(at)
+    outside = [k for k in chosen if not 0 <= k < len(images)]
+    if outside:
+        raise ValueError(f"at: expected iterations from 0 to {len(images) - 1}, got {outside}")
+    words = alt if "{k}" in alt else f"{name} {{k}}: {alt}"
+    return slider([images[k] for k in chosen], chosen, [words.replace("{k}", str(k)) for k in chosen], name)
+
+
+def compare(before: Tensor, after: Tensor, alt: str, labels: tuple[str, str] = ("before", "after")) -> Any:
+    """Two pictures of one size in one place, changed by two buttons, without a kernel; ``alt`` says what they show."""
+    if not alt.strip():
+        raise ValueError("alt: expected a text that says what the two pictures show")
+    if before.shape[-2:] != after.shape[-2:]:
+        raise ValueError(f"after: expected the size of before, {tuple(before.shape[-2:])}, got {tuple(after.shape[-2:])}")
+    import ipywidgets
+
+    pages = _pages([before, after], labels, [f"{label}: {alt}" for label in labels])
+    return _stacked(ipywidgets.ToggleButtons(options=list(labels), style={"button_width": "auto"}), pages)
+
+
+def _stacked(control: Any, pages: Sequence[str]) -> Any:
+    """The pages on top of each other; the browser itself links the control's index to the one on top."""
+    import ipywidgets
+
+    stack = ipywidgets.Stack([ipywidgets.HTML(page) for page in pages], selected_index=0)
+    ipywidgets.jslink((control, "index"), (stack, "selected_index"))
+    return ipywidgets.VBox([control, stack])
+
+
+def _pages(frames: Sequence[Tensor], captions: Sequence[str], alts: Sequence[str]) -> list[str]:
+    """Each frame as HTML with its picture inside; a text under ten letters, or the same text twice, is an error."""
+    for i in range(len(frames)):
+        if i >= len(alts) or len(alts[i].strip()) < 10 or alts[i] in alts[:i]:
+            raise ValueError(f"alts: frame {i} ({captions[i]}) needs a text of its own that says what it shows")
+    pages = []
+    for frame, caption, alt in zip(frames, captions, alts, strict=True):
+        data = base64.b64encode(_png(caption, frame)).decode()
+        style = f"width: {max(256, min(frame.shape[-1], 480))}px; max-width: 100%; image-rendering: pixelated"
+        picture = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}" style="{style}">'
+        pages.append(f'<figure style="margin: 0">{picture}<figcaption>{html.escape(caption)}</figcaption></figure>')
+    size = sum(map(len, pages))
+    if size > BUDGET:
+        limit = f"{BUDGET // 1000} kB for one widget"
+        raise ValueError(f"frames: {size // 1000} kB is above {limit}: show fewer, or a smaller part")
+    return pages
+
+
+def _png(title: str, x: Tensor) -> bytes:
+    """The picture alone, 8 bits a pixel: gray as it is, colours from a palette of 256; the same bytes each time."""
+    from PIL import Image
+
+    pixels = (_picture(title, x) * 255).round().astype("uint8")
+    image = Image.fromarray(pixels)
+    image = image if pixels.ndim == 2 else image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(file := io.BytesIO(), "png", optimize=True)
+    return file.getvalue()
 
 
 def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list]:
