@@ -69,12 +69,17 @@ def test_every_row_and_figure_of_a_record_is_on_the_page():
 
 
 def test_a_table_of_the_paper_is_put_beside_ours():
-    rows = [{"p": 1, "method": "ADMM", "error": 1.0}, {"p": 0, "method": "ADMM", "error": 2.0}, {"p": None, "method": "net"}]
+    rows: list[dict] = [
+        {"p": 1, "method": "ADMM", "error": 1.0},
+        {"p": 0, "method": "ADMM", "error": 2.0},
+        {"p": None, "method": "net"},
+    ]
     paper = [{"p": 1, "ADMM": [29, 1.3], "net": [6, 0.4]}, {"p": 0, "ADMM": [40, 1.7], "net": [6, 0.4]}]
     text = section("small", {**SMALL, "rows": rows, "paper": paper})
     assert "| 1 | ADMM | 1.0 | 29 / 1.3 |" in text
     assert "| 0 | ADMM | 2.0 | 40 / 1.7 |" in text
     assert "| – | net | – | 6 / 0.4 |" in text
+    assert "29 / 1.3" not in section("small", {**SMALL, "rows": [{"data": "set3c", **rows[0]}], "paper": paper})
 
 
 def test_cells_cannot_break_the_table():

@@ -52,9 +52,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def with_paper(rows: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put a table of the paper, one row for each p with a column for each method, beside our rows of that p and method."""
+    """Put a table of the paper, one row for each p with a column for each method, beside our rows of them.
+
+    The paper's data are Levin's, so rows of other data have nothing beside them.
+    """
 
     def printed(row: dict[str, Any]) -> Any:
+        if row.get("data", "levin") != "levin":
+            return None
         fits = [line for line in paper if row.get("p") is None or line["p"] == row["p"]]  # no p: the same in every line
         return next((line[row["method"]] for line in fits if row["method"] in line), None)
 
