@@ -13,11 +13,11 @@ from torch import Tensor, nn
 def _bumps(z: Tensor, count: int) -> Iterator[Tensor]:
     """``exp(-(z - j)^2 / 2)`` for j = 0 ... count - 1, in one reused tensor.
 
-    Below ``exp(-80)`` it stays there: an exponential that underflows takes ten times as long.
+    Below ``exp(-60)`` it stays there: an exponential that underflows takes ten times as long.
     """
     bump = torch.empty_like(z)
     for j in range(count):
-        yield torch.sub(z, j, out=bump).square_().mul_(-0.5).clamp_min_(-80).exp_()
+        yield torch.sub(z, j, out=bump).square_().mul_(-0.5).clamp_min_(-60).exp_()
 
 
 class _Mixture(torch.autograd.Function):
