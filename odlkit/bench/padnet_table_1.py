@@ -202,7 +202,7 @@ def run(progress: bool = True) -> dict:
         "settings": {"epsilon": EPSILON, "limit": LIMIT, "sigma": SIGMA, "size": SIZE, "start": "D y", "tuned": chosen},
         "curves": figure,
         "seconds": round(time.monotonic() - clock),
-        "why_they_differ": "the paper has Levin's 32 captured pictures and does not say how it set lambda, the penalties, the "
-        "constants and the start; here the blur of the 24 pairs at hand is simulated, so that the true gradient is known, the "
-        "noise is 1%, and lambda and the penalties of ADMM and HQS are the best of a grid on other images",
+        "why_they_differ": "the paper has Levin's 32 captured pictures and does not say how it set lambda, the penalties, "
+        "the constants and the start; here the blur of the 24 pairs at hand is simulated, so the true gradient is known, "
+        "the noise is 1%, and lambda and the penalties of ADMM and HQS are the best of a grid on other images",
     } | provenance("padnet-table-1", ("levin09", "levin09_kernels", "set3c", "train400"), SEEDS, nets)
