@@ -7,13 +7,17 @@ ignored: a run that diverged raises unless the caller asks for the status instea
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import cycle
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from odlkit.problem import Problem, norm_items
 
@@ -145,7 +149,8 @@ def propagate(
     """
     trace, state, status, relative = Trace(), step.init(problem, x0), Status.STEP_LIMIT, torch.inf
     record_energy = energy and problem.prior is not None
-    limit = blow_up * norm_items(x0).clamp_min(x0[0].numel() ** 0.5)
+    limits = [min(blow_up * max(size, x0[0].numel() ** 0.5), sys.float_info.max) for size in norm_items(x0).tolist()]
+    sizes, axes = norm_items(state.x).tolist(), tuple(range(1, x0.dim()))
     truth_norm = norm_items(truth if truth is not None else x0)
     if record_energy:
         trace.start["energy"] = problem.energy(state.x)
@@ -162,9 +167,12 @@ def propagate(
             state, record = step(problem, state)
             if (count + 1) % every and count + 1 < steps:
                 continue
-            row = {"change": norm_items(state.x - previous), "norm": norm_items(state.x), **record}
+            before = sizes if every == 1 else norm_items(previous).tolist()
+            norm, change = vector_norm(state.x, dim=axes), vector_norm(state.x - previous, dim=axes)
+            row = {"change": change, "norm": norm, **record}
             trace.rows.append(row)
-            if not bool(torch.isfinite(row["norm"]).all()):
+            sizes = norm.tolist()  # plain numbers, for every further tensor operation would cost microseconds
+            if not all(map(math.isfinite, sizes)):
                 status = Status.NOT_FINITE
                 break
             if record_energy and "energy" not in row:
@@ -173,12 +181,12 @@ def propagate(
                 row["error"] = norm_items(state.x - truth) / truth_norm
             for name, function in (measure or {}).items():
                 row[name] = function(state)
-            if bool((row["norm"] > limit).any()):
+            if any(size > limit for size, limit in zip(sizes, cycle(limits), strict=False)):
                 status = Status.DIVERGED
                 break
-            scale = norm_items(previous).clamp_min(torch.finfo(torch.float64).tiny)
-            relative = (row["change"] / scale).max().item()
-            if relative <= tol:
+            ratios = [c / max(size, sys.float_info.min) for c, size in zip(change.tolist(), cycle(before), strict=False)]
+            relative = max(ratios)
+            if all(ratio <= tol for ratio in ratios):
                 status = Status.CONVERGED
                 break
     result = Result(state.x, status, state.k, relative, trace, state)
