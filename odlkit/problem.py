@@ -29,6 +29,16 @@ def norm_items(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach().flatten(1), dim=1).to(torch.float64)
 
 
+def square_items(x: Tensor) -> Tensor:
+    """Squared norm of each item, summed in float64: ``(B, ...) -> (B,)``."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def add_scaled(x: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
+    """``x + factor y``, in one pass over the memory where the factor is a number."""
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
 class Prior(Protocol):
     """A regulariser ``R`` with a computable proximal map."""
 
@@ -62,14 +72,19 @@ class LeastSquares:
         self._filter: tuple = (None, None)  # (what it was made for, 1 / (|A|^2 + rho |W|^2)): a fixed penalty divides once
 
     def value(self, x: Tensor) -> Tensor:
-        return 0.5 * sum_items(self.weight * (self.operator.A(x) - self.y).to(torch.float64).square())
+        weight = self.weight.flatten() if isinstance(self.weight, Tensor) else self.weight
+        return 0.5 * weight * square_items(self.operator.A(x) - self.y)
 
     def grad(self, x: Tensor) -> Tensor:
-        return self.weight * (self.operator.normal(x) - self.back)
+        unweighted = self.operator.normal(x) - self.back
+        return self.weight * unweighted if isinstance(self.weight, Tensor) or self.weight != 1 else unweighted
 
     def prox(self, z: Tensor, step: Tensor | float, through: Operator | None = None) -> Tensor:
         rho = 1.0 / (self.weight * step)
-        rhs = self.back + rho * (z if through is None else through.A_adjoint(z))
+        rhs = add_scaled(self.back, z if through is None else through.A_adjoint(z), rho)
+        made_for = (rho, through) if isinstance(rho, float) else None
+        if made_for is not None and self._filter[0] == made_for:
+            return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:])
         if through is None and self.operator.unitary:
             return self.operator.solve(rhs, rho)
         gram = self.operator.gram(rhs)
@@ -78,10 +93,8 @@ class LeastSquares:
             if through is None:
                 return self.operator.solve(rhs, rho)
             return conjugate_gradient(lambda x: self.operator.normal(x) + rho * through.normal(x), rhs)
-        made_for = (rho if isinstance(rho, float) else None, through)
-        if made_for[0] is None or self._filter[0] != made_for:
-            self._filter = (made_for, 1.0 / (gram + rho * other))
-        return torch.fft.irfft2(torch.fft.rfft2(rhs) * self._filter[1], s=rhs.shape[-2:])
+        self._filter = (made_for, 1.0 / (gram + rho * other))
+        return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:])
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
@@ -114,8 +127,8 @@ class LinkedGradient:
 
     def value(self, g: Tensor) -> Tensor:
         x = self.image(g)
-        fit = sum_items((self.operator.A(x) - self.y).to(torch.float64).square())
-        return 0.5 * self.weight * (fit + self.beta * sum_items((self.gradient.A(x) - g).to(torch.float64).square()))
+        fit = square_items(self.operator.A(x) - self.y)
+        return 0.5 * self.weight * (fit + self.beta * square_items(self.gradient.A(x) - g))
 
     def grad(self, g: Tensor) -> Tensor:
         return self.weight * self.beta * (g - self.gradient.A(self.image(g)))

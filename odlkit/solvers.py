@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odlkit.problem import Problem
+from odlkit.problem import Problem, add_scaled
 from odlkit.propagate import Record, State
 
 
@@ -25,7 +25,7 @@ class GradientDescent:
         return State(x0, aux={"step": self.step_size or 1 / problem.lipschitz})
 
     def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
-        return state.next(state.x - state.aux["step"] * problem.fidelity.grad(state.x)), {}
+        return state.next(add_scaled(state.x, problem.fidelity.grad(state.x), -state.aux["step"])), {}
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ProximalGradient:
 
     def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
         tau = state.aux["step"]
-        return state.next(problem.prox_prior(state.x - tau * problem.fidelity.grad(state.x), tau)), {}
+        return state.next(problem.prox_prior(add_scaled(state.x, problem.fidelity.grad(state.x), -tau), tau)), {}
 
 
 @dataclass
@@ -59,7 +59,7 @@ class FISTA:
 
     def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
         tau, z, t = state.aux["step"], state.aux["z"], state.aux["t"]
-        x = problem.prox_prior(z - tau * problem.fidelity.grad(z), tau)
+        x = problem.prox_prior(add_scaled(z, problem.fidelity.grad(z), -tau), tau)
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
         return state.next(x, z=torch.lerp(state.x, x, 1 + (t - 1) / t_next), t=t_next), {}
 
