@@ -231,11 +231,11 @@ class Gradient(Operator):
         self._cache = _Cache()
 
     def A(self, x: Tensor) -> Tensor:
-        return torch.cat([x.roll(-1, -1) - x, x.roll(-1, -2) - x], dim=1)
+        return torch.cat([x.roll(-1, -1).sub_(x), x.roll(-1, -2).sub_(x)], dim=1)  # roll is a copy
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         dx, dy = y.chunk(2, dim=1)
-        return dx.roll(1, -1) - dx + dy.roll(1, -2) - dy
+        return dx.roll(1, -1).sub_(dx).add_(dy.roll(1, -2)).sub_(dy)
 
     def gram(self, x: Tensor) -> Tensor:
         def make() -> Tensor:
