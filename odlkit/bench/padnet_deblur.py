@@ -7,7 +7,9 @@ are up to shift.  The weights of the classical energies come from `tune`, which 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,17 +18,17 @@ from torch import Tensor
 
 from odlkit import data
 from odlkit.bench import provenance
+from odlkit.control import NeverAccept
 from odlkit.metrics import psnr, psnr_up_to_shift, ssim_up_to_shift
 from odlkit.operators import Blur, Gradient
 from odlkit.priors import GroupLp, Lp
 from odlkit.problem import LeastSquares, LinkedGradient, Problem
-from odlkit.propagate import Step, propagate
+from odlkit.propagate import Step, Trace, propagate
 from odlkit.solvers import ADMM, FISTA, HQS
 from odlkit.tasks import deblur as task
 from odlkit.training.kernels import random_kernel
 
 SIGMA, SEEDS, STEPS = 0.01, (0, 1, 2), 30
-ON_ONE_ENERGY = ("admm", "hqs", "epadnet")
 PAPER = {"tv": [29.38, 0.88], "epadnet": [33.41, 0.95], "ipadnet": [33.37, 0.95]}
 
 
@@ -41,19 +43,26 @@ def linked(blur: Blur, y: Tensor, factor: float = task.EPADNET_FACTOR, beta: flo
     return Problem(LinkedGradient(blur, Gradient(), y, beta), Lp(0.8, factor * SIGMA**2))
 
 
-def on_linked(step: Step, blur: Blur, y: Tensor, truth: Tensor, steps: int = STEPS) -> Tensor:
-    """PSNR of the image of g^k for k = 1 ... steps, ``(steps, B)``: a classical solver on the shared energy, from D y."""
-    problem = linked(blur, y)
-    measure = {"psnr": lambda state: psnr(problem.fidelity.image(state.x), truth)}  # type: ignore[attr-defined]
-    return propagate(step, problem, Gradient().A(y), steps=steps, energy=False, measure=measure).trace["psnr"]
+def on_shared_energy(blur: Blur, y: Tensor, truth: Tensor, steps: int = STEPS) -> dict[str, Trace]:
+    """The shared energy by ADMM and HQS, from the data's gradient and from EPADNet's start, and by EPADNet, no early stop.
 
-
-def epadnet_path(blur: Blur, y: Tensor, truth: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """The same for EPADNet, run to ``steps`` with no earlier stop, and whether each proposal was accepted."""
-    step, problem, x0 = task.epadnet_setup(y, blur, SIGMA)
+    Each trace has ``psnr``, that of the image of g^k.
+    """
+    epadnet, problem, start = task.epadnet_setup(y, blur, SIGMA)
     measure = {"psnr": lambda state: psnr(problem.fidelity.image(state.x), truth)}  # type: ignore[attr-defined]
-    trace = propagate(step, problem, x0, steps=steps, energy=False, measure=measure).trace
-    return trace["psnr"], trace["accepted"]
+    penalty, cold = task.EPADNET_BETA, Gradient().A(y)
+    runs: dict[str, tuple[Step, Tensor]] = {
+        "admm": (ADMM(penalty), cold),
+        "hqs": (HQS(penalty), cold),
+        "admm, same start": (ADMM(penalty), start),
+        "hqs, same start": (HQS(penalty), start),
+        "epadnet, no proposal": (replace(epadnet, control=NeverAccept()), start),
+        "epadnet": (epadnet, start),
+    }
+    return {
+        name: propagate(step, problem, x0, steps=steps, energy=False, measure=measure).trace
+        for name, (step, x0) in runs.items()
+    }
 
 
 def set3c(progress: bool = False) -> dict[str, Any]:
@@ -62,8 +71,8 @@ def set3c(progress: bool = False) -> dict[str, Any]:
     truth = torch.cat(data.images("set3c"))
     kernels = data.levin_kernels()
     scores: dict[str, list[list[Tensor]]] = {name: [] for name in ("blurred", *task.MODELS)}
-    paths: dict[str, list[Tensor]] = {name: [] for name in ON_ONE_ENERGY}
-    accepted = []
+    paths: dict[str, list[Tensor]] = defaultdict(list)
+    accepted, whole = [], []
     for seed, kernel in _cases(SEEDS, kernels, "set3c", progress):
         blur, y = observe(truth, kernel, seed)
         if kernel is kernels[0]:
@@ -72,12 +81,12 @@ def set3c(progress: bool = False) -> dict[str, Any]:
         scores["blurred"][-1].append(psnr(y, truth))
         for name, model in task.MODELS.items():
             scores[name][-1].append(psnr(model.run(y, blur, SIGMA, None, False).x, truth))
-        penalty = task.EPADNET_BETA
-        paths["admm"].append(on_linked(ADMM(penalty), blur, y, truth))
-        paths["hqs"].append(on_linked(HQS(penalty), blur, y, truth))
-        path, kept = epadnet_path(blur, y, truth)
-        paths["epadnet"].append(path)
+        traces = on_shared_energy(blur, y, truth)
+        for name, trace in traces.items():
+            paths[name].append(trace["psnr"])
+        kept, tries = traces["epadnet"]["accepted"], traces["epadnet"]["tries"]
         accepted.append(kept)
+        whole.append(kept * (tries == 1))
     # each (seeds, kernels, images)
     table = {name: torch.stack([torch.stack(row) for row in by_seed]) for name, by_seed in scores.items()}
     means = {name: torch.stack(runs).mean((0, 2)) for name, runs in paths.items()}  # (steps,)
@@ -100,9 +109,10 @@ def set3c(progress: bool = False) -> dict[str, Any]:
             "iterations": list(range(1, STEPS + 1)),
             "psnr": {name: [round(v, 3) for v in p.tolist()] for name, p in means.items()},
             "epadnet_never_below": bool(((means["epadnet"] >= means["admm"]) & (means["epadnet"] >= means["hqs"])).all()),
-            "epadnet_starts_from": "the gradient of the implicit network's image; ADMM and HQS from the data's gradient",
+            "starts": "ADMM and HQS from the data's gradient, the others from that of the implicit network's image",
         },
         "acceptance_rate": round(torch.stack(accepted).mean().item(), 3),
+        "accepted_at_full_length": round(torch.stack(whole).mean().item(), 3),
         "seconds": round(time.monotonic() - clock),
     } | provenance("padnet-set3c", ("set3c", "levin09_kernels"), SEEDS, ("padnet-image",))
 
