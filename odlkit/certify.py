@@ -143,7 +143,7 @@ def bounded_moves(trace: Trace, bound: float, schedule: Schedule, printed: bool 
 
 
 def theorem_1_checks(trace: Trace, constants: Constants) -> list[Check]:
-    """All inequalities of the repaired Theorem 1 for a run of `Explicit` with these constants."""
+    """All inequalities of the repaired Theorem 1 for a run of `Explicit` with these constants.  Eq: PADNet Theorem 1."""
     return [
         descent(trace, constants.kappa),
         error_condition(trace, constants.tolerance),
@@ -160,7 +160,10 @@ def _row(instance: str, network: str, checks: list[Check], result: Result) -> di
 
 
 def padnet_theorem_1(size: int = 128) -> dict:
-    """EPADNet, repaired: descent, Condition 1, subgradient bound and rate for p = 1, 0.8, 0; then criticality."""
+    """EPADNet, repaired: descent, Condition 1, subgradient bound and rate for p = 1, 0.8, 0; then criticality.
+
+    Eq: PADNet Theorem 1.
+    """
     rows, ends = [], []
     for (p, name), (kind, network) in product(zip(WEIGHT, IMAGES, strict=True), networks("rbf").items()):
         constants, result = deblur_run(name, size, p, network)
@@ -203,7 +206,10 @@ def printed_constants(size: int) -> dict[str, list[Check]]:
 
 
 def padnet_theorem_2(size: int = 128) -> dict:
-    """IPADNet, repaired: the bounds behind the Cauchy sequence, with corrected constants and networks that are clipped."""
+    """IPADNet, repaired: the bounds behind the Cauchy sequence, with corrected constants and networks that are clipped.
+
+    Eq: PADNet Theorem 2.
+    """
     rows = []
     for name, (kind, network) in product(IMAGES, networks("conv", BOUND).items()):
         result = implicit_run(name, size, network)

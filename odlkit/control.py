@@ -27,7 +27,7 @@ class Candidate:
 class ErrorCondition:
     """Accept iff ``||e|| <= tolerance ||x+ - x||``.
 
-    Eq: PADNet Condition 1; PODM (5) is the same rule.  ``tolerance`` is the constant C_E (or c).
+    Eq: PADNet Condition 1; PODM (5), the same rule for another error.  ``tolerance`` is the constant C_E (or c).
     """
 
     def __init__(self, tolerance: float):

@@ -40,7 +40,7 @@ def shrink(size: Tensor, weight: Weight, p: float, steps: int = 5) -> Tensor:
     p = 1: soft threshold; p = 0: hard threshold.  0 < p < 1: zero up to ``tau = t + weight p t^(p-1)``, where
     ``t = (2 weight (1 - p))^(1/(2-p))`` is the height of the jump, and above it the root of
     ``x - size + weight p x^(p-1)`` right of t, by Newton steps from ``x = size`` (they decrease to it).
-    Eq: PADNet (14); generalised iterated shrinkage (Zuo et al., 2013).
+    Eq: PADNet (14), the prior; generalised iterated shrinkage (Zuo et al., 2013).
     """
     weight = torch.as_tensor(weight, dtype=size.dtype, device=size.device)
     if p == 1:
@@ -243,7 +243,7 @@ class SparseBox:
     """Indicator of ``low <= x <= high`` with at most ``sparsity`` nonzeros in each item; needs ``low <= 0 <= high``.
 
     The exact projection, unlike a threshold before or after the clamp P: keep ``P(z_i)`` at the ``sparsity`` largest gains
-    ``z_i^2 - (z_i - P(z_i))^2`` and put 0 elsewhere.  Eq: the set Omega of relaxed PODM.
+    ``z_i^2 - (z_i - P(z_i))^2`` and put 0 elsewhere.  This is the set Omega of relaxed PODM.
     """
 
     convex = False

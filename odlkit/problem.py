@@ -148,6 +148,8 @@ class LinkedGradient:
 class Problem:
     """``F(x) = f(x) + R(W x)``; ``prior = None`` makes it partially defined, ``transform = None`` means ``W = I``.
 
+    Eq: PADNet (1).
+
     ``lipschitz`` and ``strong_convexity`` are those of ``grad f`` and ``f``, computed from the operator.  With a transform
     (a discrete gradient, say) ``R(W .)`` has no closed-form prox: use a splitting method, which never asks for it.
     """

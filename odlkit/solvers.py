@@ -82,6 +82,8 @@ class Splitting:
     between ``W x`` and ``v``.  With a ``denoiser`` called as ``denoiser(z, rho^{-1/2})`` in place of the prox it is
     plug-and-play, which is the gradient of no known energy.  ``x`` is the image; without a transform it is ``v``, which is
     exactly sparse.  The unscaled dual ``rho nu`` is carried over when ``rho`` grows.
+
+    Eq: PADNet (4), the step that its network replaces.
     """
 
     penalty: float

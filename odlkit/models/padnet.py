@@ -50,9 +50,9 @@ class Schedule:
 class Implicit:
     """IPADNet: Algorithm 1 without Step 4, ``x^{k+1} = v^{k+1}``.  The prior lives in the network only.
 
-    Eq: PADNet Algorithm 1 (implicit reading), Theorem 2.  ``network`` is called as ``network(v, alpha)``; the theorem
-    needs ``||network(v, alpha) - v|| <= C_N alpha``, which `ResidualNet` with a ``bound`` guarantees.  ``moreau`` is mu.
-    Each step records what Theorem 2's constants are made of.
+    Eq: PADNet (2), (3), (5), (29), (30), Algorithm 1 (implicit reading).  ``network`` is called as ``network(v, alpha)``;
+    Theorem 2 needs ``||network(v, alpha) - v|| <= C_N alpha``, which `ResidualNet` with a ``bound`` guarantees.  ``moreau``
+    is mu.  Each step records what Theorem 2's constants are made of.
     """
 
     network: Network
@@ -83,7 +83,7 @@ class Implicit:
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants of Theorem 1 in its repaired form, for a convex L-smooth f and any prior.
+    """The constants of Theorem 1 in its repaired form, for a convex L-smooth f and any prior.  Eq: PADNet Theorem 1.
 
     Descent holds with ``kappa = moreau - 1 / (2 step_size) - tolerance`` and must be positive; the fallback ``v = x`` meets
     Condition 1 by itself iff ``tolerance >= max(|moreau - 1/step_size|, |moreau - 1/step_size + L|)``.
@@ -127,6 +127,8 @@ class Explicit:
 
     Recorded: ``accepted``, ``tries``, ``residual`` = ||e||, ``subgradient`` = ||e - mu (x+ - x)||, the norm of an element of
     dF(x+), which certifies criticality by itself.
+
+    Eq: PADNet (2), (3), (5), (23), Algorithm 1 (explicit reading), Algorithm 2 without the training.
     """
 
     networks: Sequence[Network]
@@ -140,7 +142,7 @@ class Explicit:
         return State(x0, aux={"u": x0, "v": x0, "nu": torch.zeros_like(x0)})
 
     def correct(self, problem: Problem, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The error correction of one proposal and its computable error: ``(x+, e)``."""
+        """The error correction of one proposal and its computable error: ``(x+, e)``.  Eq: PADNet (7), (11), (12)."""
         mu, tau = self.constants.moreau, self.constants.step_size
         slope = problem.fidelity.grad(v)
         corrected = problem.prox_prior(v - tau * (slope + mu * (v - x)), tau)

@@ -26,7 +26,10 @@ BOUND = 3.0  # Condition 2's constant per value
 
 
 def gradient_problem(y: Tensor, kernel: Tensor, sigma: float, p: float | None = None, lam: float = 0.0) -> Problem:
-    """The energy above for a blurred image ``y`` ``(B, C, H, W)``, over ``(B, 2C, H, W)``; without a prior if p is None."""
+    """The energy above for a blurred image ``y`` ``(B, C, H, W)``, over ``(B, 2C, H, W)``; without a prior if p is None.
+
+    Eq: PADNet (14), both terms times ``weight``.
+    """
     weight = 0.5 / sigma**2
     prior = None if p is None else Lp(p, weight * lam)
     return Problem(LeastSquares(Blur(kernel), Gradient().A(y), weight), prior)

@@ -83,7 +83,7 @@ class RBFUnit(nn.Module):
         """A constant C with ``||G(v)|| <= C sqrt(n)`` for every ``v`` of n values: PADNet's Condition 2 by construction.
 
         ``|phi_i| <= min(sum_j |w_ij|, sqrt(2 pi) (1 + 1e-8) max_j |w_ij|)``, since unit Gaussians at all integers sum to at
-        most that; a filter then multiplies a supremum by its l1 norm at most.
+        most that; a filter then multiplies a supremum by its l1 norm at most.  Eq: PADNet Condition 2.
         """
         size = self.weights.detach().abs().double()
         curve = torch.minimum(size.sum(1), math.sqrt(2 * math.pi) * (1 + 1e-8) * size.amax(1))  # (filters,)

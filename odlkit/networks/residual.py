@@ -12,7 +12,7 @@ def clip_to_ball(move: Tensor, radius: Tensor | float) -> Tensor:
     """Scale each item of ``move`` (B, ...) into the ball of the given radius: ``m min(1, radius / ||m||)``.
 
     This makes PADNet's Condition 2, ``||N_alpha(v) - v|| <= C_N alpha``, true for every network when the radius is
-    ``C_N alpha``; plain convolution networks do not satisfy it.
+    ``C_N alpha``; plain convolution networks do not satisfy it.  Eq: PADNet Condition 2.
     """
     norm = move.flatten(1).norm(dim=1).clamp_min(torch.finfo(move.dtype).tiny)
     scale = (torch.as_tensor(radius, dtype=move.dtype, device=move.device) / norm).clamp_max(1.0)

@@ -102,7 +102,7 @@ def design(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> tuple[Stages, list[dict]]:
-    """Algorithm 2: the networks of all iterations and, for each iteration, what happened.
+    """Algorithm 2: the networks of all iterations and, for each iteration, what happened.  Eq: PADNet Algorithm 2.
 
     ``problem`` is a batch of training problems with true solutions ``truth`` ``(B, C, H, W)``; ``make_step(net)`` is the
     step of one iteration with that network (its control is Condition 1).  At iteration k units are added one at a time;
