@@ -54,6 +54,7 @@ def test_run_reports_what_the_command_line_promises(report):
 
 
 def test_theorem_1_holds_for_every_network_and_the_networks_are_used(report):
+    """Eq: PADNet Theorem 1."""
     entry = report["padnet-theorem-1"]
     rows = entry["details"] + entry["to_the_end"]
     assert all(row["holds"] for row in rows)
@@ -84,6 +85,7 @@ def test_a_small_change_proves_nothing(report):
 
 
 def test_theorem_2_holds_for_every_network(report):
+    """Eq: PADNet Theorem 2, (31), (32), (33), (34)."""
     rows = report["padnet-theorem-2"]["details"]
     assert len(rows) >= 6 and all(row["holds"] for row in rows)
     assert {c["name"] for c in rows[0]["checks"]} == {
@@ -91,6 +93,7 @@ def test_theorem_2_holds_for_every_network(report):
 
 
 def test_errata_printed_constants_of_eq_33_and_eq_34_are_too_small():
+    """Eq: PADNet (33), (34)."""
     checks = certify.printed_constants(SIZE)
     for printed, corrected in checks.values():
         assert not printed.holds and corrected.holds
@@ -100,7 +103,10 @@ def test_errata_printed_constants_of_eq_33_and_eq_34_are_too_small():
 
 
 def test_errata_theorem_1_two_cycle_in_one_dimension():
-    """f = 0.2 (x - 2.5)^2, R = 0.9 [x != 0], mu = 0.1, unit step: 0, 2, 0, 2, ... with e = 0 to the last bit."""
+    """f = 0.2 (x - 2.5)^2, R = 0.9 [x != 0], mu = 0.1, unit step: 0, 2, 0, 2, ... with e = 0 to the last bit.
+
+    Eq: PADNet Theorem 1, (21).
+    """
     problem, step = instances.two_cycle(torch.full((1, 1, 1, 1), 2.5, dtype=torch.float64), 0.9)
     result = propagate(step, problem, torch.zeros(1, 1, 1, 1, dtype=torch.float64), steps=40)
     trace, c = result.trace, step.constants
@@ -127,7 +133,10 @@ def test_errata_theorem_1_two_cycle_on_a_photograph():
 
 
 def test_the_repaired_constants_cure_the_two_cycle():
-    """The same network and start, mu tau = 1: the error condition rejects the jump and the run ends at a critical point."""
+    """The same network and start, mu tau = 1: the error condition rejects the jump and the run ends at a critical point.
+
+    Eq: PADNet Theorem 1, (21).
+    """
     a = instances.haar_band()
     problem, step = instances.two_cycle(a, 0.008)
     constants = Constants.for_lipschitz(problem.lipschitz)
@@ -153,6 +162,7 @@ def test_algorithm_1_itself_runs_the_cycle_with_two_scalar_weights():
 
 
 def test_descent_catches_one_raised_energy(explicit):
+    """Eq: PADNet (21)."""
     constants, result = explicit
     trace = result.trace
     before = certify.descent(trace, constants.kappa)
@@ -162,6 +172,7 @@ def test_descent_catches_one_raised_energy(explicit):
 
 
 def test_error_condition_and_subgradient_catch_one_row(explicit):
+    """Eq: PADNet Condition 1, (24)."""
     constants, result = explicit
     trace, bound = result.trace, constants.moreau + constants.tolerance
     assert certify.error_condition(trace, constants.tolerance).holds and certify.subgradient_bound(trace, bound).holds
@@ -174,6 +185,7 @@ def test_error_condition_and_subgradient_catch_one_row(explicit):
 
 
 def test_rate_catches_a_run_that_never_slows_down(explicit):
+    """Eq: PADNet (22)."""
     constants, result = explicit
     assert certify.rate(result.trace, constants.kappa).holds
     steady = tampered(result.trace, 0)
@@ -191,6 +203,7 @@ def test_not_finite_counts_as_violated(explicit):
 
 @pytest.mark.parametrize("name, index", [("dual", 0), ("change_v", 1), ("change_nu", 2), ("change_u", 3), ("change_v", 4)])
 def test_bounded_moves_catch_one_row(implicit, name, index):
+    """Eq: PADNet (31), (32), (33), (34)."""
     trace, schedule = implicit.trace, instances.IMPLICIT
     before = certify.bounded_moves(trace, instances.BOUND, schedule)
     assert all(check.holds for check in before)
@@ -202,12 +215,13 @@ def test_bounded_moves_catch_one_row(implicit, name, index):
 
 
 def test_the_recorded_fidelity_gradient_is_the_gradient(implicit):
-    """rho ||u - v + nu|| = ||grad f_k(u)||, Eq. 29, while rho (u - v + nu) still has digits."""
+    """rho ||u - v + nu|| = ||grad f_k(u)||, Eq. 29, while rho (u - v + nu) still has digits.  Eq: PADNet (29)."""
     trace = implicit.trace
     torch.testing.assert_close(trace["fidelity_gradient"], trace["gradient_fk"], rtol=1e-9, atol=1e-12)
 
 
 def test_an_unbounded_network_breaks_condition_2():
+    """Eq: PADNet Condition 2."""
     result = instances.implicit_run("camera", SIZE, instances.networks("conv")["adversary"], steps=4)
     loose = certify.bounded_moves(result.trace, 1e-3, instances.IMPLICIT)
     assert not loose[0].holds and not loose[2].holds
@@ -242,7 +256,10 @@ def test_the_checks_take_any_trace():
 
 
 def test_errata_convolution_networks_do_not_satisfy_condition_2():
-    """The move of a ReLU network without a bounded output grows with its input, so no C_N serves every v."""
+    """The move of a ReLU network without a bounded output grows with its input, so no C_N serves every v.
+
+    Eq: PADNet Condition 2.
+    """
     v = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     unit = ConvUnit(width=16).double()
     free, clipped = (ResidualNet([unit], bound) for bound in (None, 1.0))

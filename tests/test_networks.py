@@ -40,6 +40,7 @@ def test_folded_batch_norm_is_the_same_function():
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("kind", ["conv", "rbf", "wild"])
 def test_bounded_net_meets_condition_2_for_any_input(kind, scale, device, dtype):
+    """Eq: PADNet Condition 2."""
     class Wild(torch.nn.Module):
         def forward(self, v, alpha):
             return -50 * v.square() - 1e3
@@ -66,6 +67,7 @@ def test_clip_leaves_short_moves_alone(dtype):
 
 
 def test_rbf_unit_is_bounded_by_its_own_constant(device, dtype):
+    """Eq: PADNet Condition 2."""
     generator = torch.Generator().manual_seed(3)
     unit = RBFUnit(filters=4, size=3, centres=9)
     unit.weights.data.normal_(generator=generator)

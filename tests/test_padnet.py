@@ -35,7 +35,10 @@ def wild(v, alpha):
 @given(st.floats(0.05, 3.0), st.floats(0.05, 5.0), st.integers(0, 100))
 @pytest.mark.parametrize("p", POWERS)
 def test_eq_12_is_a_subgradient_of_the_moreau_energy(p, step_size, moreau, seed):
-    """e - grad f_k(x+) lies in dR(x+): it equals (z - x+) / tau, and R's subgradient where x+ is not 0."""
+    """e - grad f_k(x+) lies in dR(x+): it equals (z - x+) / tau, and R's subgradient where x+ is not 0.
+
+    Eq: PADNet (2), (7), (11), (12).
+    """
     problem = blur_problem(p, seed=seed)
     x, v = draw(seed + 2, 2, 1, 8, 9), draw(seed + 3, 2, 1, 8, 9)
     new, e = Explicit([], Constants(moreau, step_size, 1.0)).correct(problem, x, v)
@@ -95,6 +98,7 @@ def test_condition_and_descent_hold_at_every_step_for_a_wild_network(p, device):
 
 
 def test_without_fallback_the_last_proposal_stays_and_can_raise_the_energy():
+    """Eq: PADNet Algorithm 2."""
     problem = blur_problem()
     constants = Constants.for_lipschitz(problem.lipschitz)
     result = propagate(Explicit([wild], constants, fallback=False), problem, problem.fidelity.y, steps=5, raises=False)
@@ -104,7 +108,7 @@ def test_without_fallback_the_last_proposal_stays_and_can_raise_the_energy():
 
 
 def test_never_accept_is_the_proximal_gradient_method():
-    """At mu tau = 1 the fallback is a proximal-gradient step of length tau."""
+    """At mu tau = 1 the fallback is a proximal-gradient step of length tau.  Eq: PADNet (7)."""
     problem = blur_problem(0.8)
     constants = Constants.for_lipschitz(problem.lipschitz)
     result = propagate(Explicit([wild], constants, control=NeverAccept()), problem, problem.fidelity.y, steps=4)
@@ -151,6 +155,7 @@ def test_networks_are_tried_in_order_then_half_moves():
 
 
 def test_the_error_condition_is_the_default_control():
+    """Eq: PADNet Condition 1; PODM (5)."""
     problem = blur_problem()
     constants = Constants.for_lipschitz(problem.lipschitz)
     runs = [propagate(Explicit([wild], constants, control=c), problem, problem.fidelity.y, steps=6)
@@ -162,6 +167,7 @@ def test_the_error_condition_is_the_default_control():
 
 
 def test_schedule():
+    """Eq: PADNet Algorithm 2."""
     rho, alpha = Schedule(25.0, 2.0)(3)
     assert rho == 200.0 and alpha == pytest.approx(200.0**-0.5)
     between = Schedule.between(0.2, 0.01, 8)
@@ -173,7 +179,10 @@ def test_schedule():
 
 
 def test_the_implicit_recursion_is_algorithm_1_without_step_4():
-    """Every line of the algorithm, written out, and u's optimality as the identity rho (u - v + nu) = -grad f_k(u)."""
+    """Every line of the algorithm, written out, and u's optimality as the identity rho (u - v + nu) = -grad f_k(u).
+
+    Eq: PADNet (2), (3), (5), (29), (30), (31), Algorithm 1.
+    """
     problem, mu, schedule = Problem(blur_problem().fidelity), 0.5, Schedule(2.0, 1.5)
     y = problem.fidelity.y
 

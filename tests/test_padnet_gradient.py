@@ -51,6 +51,7 @@ def run_design(p, **changes):
 
 @pytest.mark.parametrize("p", [None, 1.0, 0.0])
 def test_design_stops_by_its_own_rule(p):
+    """Eq: PADNet Algorithm 2, line 12."""
     stages, log = run_design(p, epsilon=0.2, k_max=40, steps=1)
     assert len(stages) == len(log) < 40
     assert log[-1]["change"] <= 0.2 and all(row["change"] > 0.2 for row in log[:-1])
@@ -58,6 +59,7 @@ def test_design_stops_by_its_own_rule(p):
 
 
 def test_units_are_added_only_while_the_condition_fails():
+    """Eq: PADNet Algorithm 2, line 7."""
     for t_max in (1, 3):
         _, log = run_design(1.0, epsilon=0.0, k_max=3, t_max=t_max, share=1.01)  # cannot be met
         assert [row["units"] for row in log] == [t_max] * 3

@@ -87,7 +87,10 @@ def test_convex_prox_is_firmly_nonexpansive(name, device, dtype, seed, step, dis
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("weight", [1e-3, 0.05, 0.4, 2.0])
 def test_shrink_is_never_worse_than_a_grid(p, weight, dtype):
-    """The value at the prox against 20,001 candidates and 0, for sizes through the threshold and far above it."""
+    """The value at the prox against 20,001 candidates and 0, for sizes through the threshold and far above it.
+
+    Eq: PADNet (14), the proximal map of its prior.
+    """
     size = torch.cat([torch.linspace(0, 3, 40), torch.tensor([6.0, 20.0])]).to(dtype)
     if 0 < p < 1:  # a hair on either side of the jump
         t = (2 * weight * (1 - p)) ** (1 / (2 - p))

@@ -116,7 +116,7 @@ def test_least_squares_bounds(name, seed):
 
 @given(seed=seeds, beta=st.sampled_from([0.05, 1.0, 20.0]))
 def test_linked_gradient_value_is_the_minimum_over_x(seed, beta):
-    """Against dense normal equations for each image; no other x gives less."""
+    """Against dense normal equations for each image; no other x gives less.  Eq: PADNet (15), (16)."""
     f, g = linked(seed, beta)
 
     def inner(x):
@@ -136,7 +136,10 @@ def test_linked_gradient_value_is_the_minimum_over_x(seed, beta):
 
 @given(seed=seeds, step=st.sampled_from([0.05, 1.0, 30.0]))
 def test_linked_gradient_grad_and_prox(seed, step):
-    """The envelope theorem's gradient against autograd through the link layer and against central differences."""
+    """The envelope theorem's gradient against autograd through the link layer and against central differences.
+
+    Eq: PADNet (16).
+    """
     f, g = linked(seed)
     assert torch.allclose(f.grad(g), autograd(f, g), rtol=1e-9, atol=1e-10)
     direction = noise(*g.shape, seed=seed + 7)
@@ -171,7 +174,7 @@ def test_partially_defined_problem():
 
 
 def test_energy_with_a_transform():
-    """F = f + R(W x); its residual is refused, since the prox of R(W .) is not that of R."""
+    """F = f + R(W x); its residual is refused, since the prox of R(W .) is not that of R.  Eq: PADNet (1)."""
     f, x = least_squares("blur")
     problem = Problem(f, GroupLp(1, 0.2), Gradient())
     assert torch.allclose(problem.energy(x), f.value(x) + GroupLp(1, 0.2).value(Gradient().A(x)))

@@ -73,6 +73,7 @@ def test_gradient_descent_contracts_at_its_rate_and_no_faster(device):
 
 @pytest.mark.parametrize("step", [FISTA(), ADMM(0.05), ADMM(0.5), ADMM(5.0), ADMM(0.5, growth=1.01)], ids=str)
 def test_convex_solvers_reach_one_minimiser(step, problem, start, solution):
+    """Eq: PADNet (4)."""
     result = propagate(step, problem, start, steps=1500, tol=1e-13)
     torch.testing.assert_close(result.x, solution, rtol=0, atol=1e-6 if isinstance(step, FISTA) else 1e-8)
 
