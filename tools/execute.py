@@ -2,8 +2,9 @@
 
 The text is the source; the notebook beside it is made here and only here, and comes out byte for byte the same when
 nothing changed: cell ids are numbers, and there are no times, no random widget names and no patch versions in it. Each
-notebook carries a stamp, a hash of its text and of odlkit; a chapter is run when its stamp is stale. How long each chapter
-took goes to ``book/runtimes.json``.
+notebook records what its outputs were made from (`stamps`); a chapter is run when one of these changed, and only written
+again, with its outputs, when nothing but its prose did. How a run went (seconds, cores, device, day, version, certificates)
+goes to ``book/runtimes.json``, from which `odlbook` draws the badges under the title.
 
     python tools/execute.py [--all] [-j 2] [chapter.md ...]
 """
@@ -11,17 +12,18 @@ took goes to ``book/runtimes.json``.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import ast
 import json
 import os
 import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
+from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from stamps import ROOT, changes, short, stamp
+
 BOOK = ROOT / "book"
 RUNTIMES = BOOK / "runtimes.json"
 TIMEOUT = 300  # seconds a cell; the aim is 90 for a whole chapter
@@ -33,27 +35,14 @@ def chapters() -> list[Path]:
     return sorted(path for path in BOOK.rglob("*.md") if header.match(path.read_text(encoding="utf-8")))
 
 
-@cache
-def library_hash() -> str:
-    """What a chapter's outputs depend on besides its text: odlkit's code and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "odlkit").rglob("*.py"), *(ROOT / "odlkit" / "weights").glob("*.*")]):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
+def name_of(source: Path) -> str:
+    """A chapter's name: part and file, ``padnet/theorems``."""
+    return source.relative_to(BOOK).with_suffix("").as_posix()
 
 
-def stamp(source: Path) -> str:
-    """The state of a chapter's text and of the library, as one short hash."""
-    text = source.read_bytes().replace(b"\r\n", b"\n")
-    return hashlib.sha256(text + library_hash().encode()).hexdigest()[:16]
-
-
-def is_stale(source: Path) -> bool:
-    """Whether the stored notebook is missing or was made from another text or another library."""
-    stored = source.with_suffix(".ipynb")
-    if not stored.exists():
-        return True
-    return json.loads(stored.read_text(encoding="utf-8"))["metadata"].get("odlkit", {}).get("stamp") != stamp(source)
+def changed(source: Path) -> list[str]:
+    """What changed since the chapter was executed; empty when its stored outputs are those it would have now."""
+    return changes(source.with_suffix(".ipynb"), read(source))
 
 
 def read(source: Path):
@@ -66,12 +55,12 @@ def read(source: Path):
     return notebook
 
 
-def execute(source: Path) -> float:
-    """Run one chapter in its own folder, write the notebook beside it, return the seconds it took."""
-    import nbformat
+def execute(source: Path) -> dict:
+    """Run one chapter in its own folder, write the notebook beside it, return the record of the run."""
     from nbclient import NotebookClient
 
-    notebook, begun, mark = read(source), time.perf_counter(), stamp(source)
+    notebook, begun = read(source), time.perf_counter()
+    made_from = stamp(notebook, source.parent)
     # No data folder: a chapter runs on what ships with the packages, so that every reader gets the same outputs.
     env = {k: v for k, v in os.environ.items() if k != "ODLKIT_DATA"} | {"OMP_NUM_THREADS": "1"}
     client = NotebookClient(
@@ -84,14 +73,79 @@ def execute(source: Path) -> float:
         extra_arguments=["--log-level=ERROR"],
     )
     client.execute(env=env)
+    seconds = time.perf_counter() - begun
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.output_type == "stream" and output.name == "stderr":
                 raise RuntimeError(f"a cell wrote to standard error: {output.text.strip().splitlines()[-1]}")
-    notebook.metadata["odlkit"] = {"stamp": mark, "torch": _torch_version()}
-    text = nbformat.writes(_numbered_widgets(_plain(notebook)))
+    notebook = _numbered_widgets(notebook)
+    about = {"made_from": made_from, "outputs": outputs_hash(notebook), "torch": _torch_version()}
+    notebook.metadata["odlkit"] = about
+    _write(source, notebook)
+    return record(notebook, seconds)
+
+
+def rewrite(source: Path) -> bool:
+    """Write the prose, titles and tags of a chapter whose outputs are up to date; whether that changed the notebook."""
+    import nbformat
+
+    old, notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4), read(source)
+    outputs = iter([cell for cell in old.cells if cell.cell_type == "code"])
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            stored = next(outputs)
+            cell.update(outputs=stored.outputs, execution_count=stored.execution_count)
+    notebook.metadata = old.metadata
+    before = source.with_suffix(".ipynb").read_bytes()
+    _write(source, notebook)
+    return source.with_suffix(".ipynb").read_bytes() != before
+
+
+def _write(source: Path, notebook) -> None:
+    import nbformat
+
+    text = nbformat.writes(_plain(notebook))
     source.with_suffix(".ipynb").write_text(text + "\n", encoding="utf-8", newline="\n")
-    return time.perf_counter() - begun
+
+
+def outputs_hash(notebook) -> str:
+    """A hash of all outputs and widgets, by which an edited one is found."""
+    cells = [[cell.outputs, cell.execution_count] for cell in notebook.cells if cell.cell_type == "code"]
+    return short(json.dumps([cells, notebook.metadata.get("widgets", {})], sort_keys=True))
+
+
+def certificates(notebook) -> list[int]:
+    """How many cells tagged ``certificate`` asserted and ran, and how many there are."""
+    cells = [c for c in notebook.cells if c.cell_type == "code" and "certificate" in c.metadata.get("tags", [])]
+    held = [c for c in cells if asserts(c.source) and c.execution_count and all(o.output_type != "error" for o in c.outputs)]
+    return [len(held), len(cells)]
+
+
+def asserts(code: str) -> bool:
+    """Whether a cell asserts something; a cell that only prints cannot fail."""
+    return any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code)))
+
+
+def record(notebook, seconds: float) -> dict:
+    """How a run went: what the badges say."""
+    from odlkit import __version__
+
+    on_gpu = any("cuda" in cell.source for cell in notebook.cells if cell.cell_type == "code")
+    if on_gpu:  # asked only of chapters that would use one
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+    about = {"seconds": round(seconds, 1), "cores": os.cpu_count(), "device": "GPU" if on_gpu else "CPU"}
+    return about | {"certificates": certificates(notebook), "date": date.today().isoformat(), "version": __version__}
+
+
+def note(name: str, about: dict) -> None:
+    """Put the record of one run into the file of all; chapters that are no more leave it."""
+    known = {name_of(path) for path in chapters()}
+    runs = json.loads(RUNTIMES.read_text(encoding="utf-8")) if RUNTIMES.exists() else {}
+    runs = {key: value for key, value in sorted((runs | {name: about}).items()) if key in known and isinstance(value, dict)}
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in runs.items()]  # one line a chapter
+    RUNTIMES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
 
 
 def _plain(notebook):
@@ -127,24 +181,25 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="run every chapter")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="chapters at the same time")
     args = parser.parse_args()
-    sources = [path.resolve() for path in args.sources] or [p for p in chapters() if args.all or is_stale(p)]
-    print(f"{len(sources)} of {len(chapters())} chapters to run")
-    seconds = json.loads(RUNTIMES.read_text()) if RUNTIMES.exists() else {}
+    named, everything = [path.resolve() for path in args.sources], chapters()
+    sources = named or [path for path in everything if args.all or changed(path)]
+    for source in set(named or everything) - set(sources):
+        if rewrite(source):
+            print(f"{name_of(source)}: its prose was written again, its outputs stay")
+    print(f"{len(sources)} of {len(everything)} chapters to run")
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        pending = {pool.submit(execute, source): source.relative_to(BOOK) for source in sources}
+        pending = {pool.submit(execute, source): name_of(source) for source in sources}
         for done, future in enumerate(as_completed(pending), start=1):
-            name = pending[future].with_suffix("").as_posix()
+            name = pending[future]
             try:
-                seconds[name] = round(future.result(), 1)
-                print(f"[{done}/{len(sources)}] {name}: {seconds[name]} s", flush=True)
+                about = future.result()
+                note(name, about)
+                print(f"[{done}/{len(sources)}] {name}: {about['seconds']} s", flush=True)
             except Exception as error:  # one bad chapter must not hide the others
                 failed += 1
                 message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
                 print(f"[{done}/{len(sources)}] {name} FAILED\n{message}", file=sys.stderr, flush=True)
-    known = {path.relative_to(BOOK).with_suffix("").as_posix() for path in chapters()}
-    if sources:
-        RUNTIMES.write_text(json.dumps({k: v for k, v in sorted(seconds.items()) if k in known}, indent=1) + "\n")
     return bool(failed)
 
 
