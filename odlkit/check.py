@@ -1,0 +1,302 @@
+"""Checkers for the book's exercises: properties on random inputs; the first that fails is named, with a hint.
+
+The exercise labelled ``inv-ex-1`` is checked by ``odlkit.check.inv_1(your_function)``, whose docstring says what the
+function takes and returns; tensors are ``(B, C, H, W)``.  It prints one line when every property holds and raises `NotYet`,
+an ``AssertionError``, when one does not.  Passing says that no draw refuted a property, not that the function is proved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
+from odlkit.operators import Blur, Decimation, Gradient, Identity
+from odlkit.priors import Lp
+from odlkit.problem import LeastSquares, Problem, norm_items
+from odlkit.propagate import propagate
+from odlkit.solvers import HQS, GradientDescent, PlugAndPlay, ProximalGradient
+
+Property = tuple[str, Any, str]  # name, whether it held, hint
+
+
+class NotYet(AssertionError):
+    """A property of an exercise's function does not hold yet."""
+
+
+def exercise(properties: Callable[[Any], Iterator[Property]]) -> Callable[[Any], None]:
+    """Make a checker of a generator of properties; an error inside the checked function fails the property *runs*."""
+    label = properties.__name__
+
+    @functools.wraps(properties)
+    def checker(function: Any) -> None:
+        held: dict[str, None] = {}
+        try:
+            for name, holds, hint in properties(function):
+                if not bool(holds):
+                    raise NotYet(f"{label}: {name}: not yet. {hint}")
+                held[name] = None
+        except NotYet:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise NotYet(f"{label}: runs: not yet. It raised {what} Expected {properties.__doc__}") from error
+        print(f"{label} passed: {', '.join(held)}")
+
+    return checker
+
+
+def draws(count: int = 3) -> Iterator[Callable[..., Tensor]]:
+    """``randn(*shape)`` in float64, from a few fixed seeds."""
+    for seed in range(count):
+        yield functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """``<a, b>`` over everything."""
+    return (a * b).sum()
+
+
+def like(result: Any, expected: Tensor) -> Property:
+    """The result is a finite tensor of this shape, dtype and device."""
+    got = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
+    fits = got == f"{tuple(expected.shape)} {expected.dtype}" and result.device == expected.device
+    hint = f"Expected a finite tensor {tuple(expected.shape)} {expected.dtype}, got {got}."
+    return "shape and dtype", fits and bool(result.isfinite().all()), hint
+
+
+def blur_of(randn: Callable[..., Tensor]) -> Blur:
+    """A well-conditioned blur whose kernel no reflection leaves as it is."""
+    kernel = randn(3, 5).abs() + torch.arange(15).view(3, 5)
+    kernel *= 0.5 / kernel.sum()
+    kernel[1, 2] += 0.5
+    return Blur(kernel)
+
+
+def problem_of(randn: Callable[..., Tensor], p: float = 1) -> tuple[Problem, Tensor]:
+    """``1.5 ||A x - y||^2 + 0.05 ||x||_p^p`` for two images of 8 x 10, and a start."""
+    A = blur_of(randn)
+    return Problem(LeastSquares(A, A.A(randn(2, 1, 8, 10)), 3.0), Lp(p, 0.05)), randn(2, 1, 8, 10)
+
+
+@exercise
+def inv_1(adjoint):
+    """``adjoint(v, K, S)``: the adjoint of ``S K``, blur K then decimation S, at ``v``."""
+    for randn in draws():
+        K, S, u, v = blur_of(randn), Decimation(2), randn(2, 1, 8, 12), randn(2, 1, 4, 6)
+        back = adjoint(v, K, S)
+        yield like(back, u)
+        gap = (inner(S.A(K.A(u)), v) - inner(u, back)).abs() / (u.norm() * v.norm())
+        yield "adjoint identity", gap < 1e-12, "<S K u, v> and <u, adjoint(v)> differ: adjoints reverse the order."
+        yield like(adjoint(v.float(), K, S), u.float())
+
+
+@exercise
+def inv_5(tikhonov):
+    """``tikhonov(A, y, weight)``: the minimiser of ``||A x - y||^2 / 2 + (weight / 2) ||D x||^2``, D = Gradient()."""
+    for randn in draws():
+        A, D, y = blur_of(randn), Gradient(), randn(2, 1, 8, 10)
+        for weight in (0.01, 2.0):
+            x = tikhonov(A, y, weight)
+            yield like(x, y)
+            slope = A.A_adjoint(A.A(x) - y) + weight * D.A_adjoint(D.A(x))
+            yield "zero gradient", slope.norm() < 1e-7 * y.norm(), "A^T (A x - y) + weight D^T D x is not 0 at your x."
+
+
+@exercise
+def prox_1(prox):
+    """``prox(z, weight, step)``: the proximal map of ``(weight / 2) ||x||^2``."""
+    for randn in draws():
+        z, w, weight, step = randn(2, 1, 6, 6), randn(2, 1, 6, 6), *(randn(2).abs() + 0.1).tolist()
+        p, q = prox(z, weight, step), prox(w, weight, step)
+        yield like(p, z)
+        moved = [p, *(p + t * randn(*p.shape) for t in (1e-4, 1e-2, 1.0) for _ in range(5))]
+        best, *others = (weight / 2 * norm_items(x) ** 2 + norm_items(x - z) ** 2 / (2 * step) for x in moved)
+        yield "minimiser", all((e >= best).all() for e in others), "A random move lowers the energy of the map."
+        yield "firmly non-expansive", inner(p - q, p - q) <= inner(p - q, z - w), "It stretches some distance."
+
+
+@exercise
+def prox_4(asymmetry):
+    """``asymmetry(N, z)``: a number, 0 (to 1e-6) where the Jacobian of ``N`` at ``z`` is symmetric, else above 1e-3."""
+    for randn in draws():
+        z, M = randn(1, 1, 4, 4), randn(16, 16) / 4
+        symmetric, skew = ((lambda x, m=m: (m @ x.flatten()).view_as(x)) for m in (M + M.T, M - M.T))
+        yield "symmetric maps give 0", abs(asymmetry(symmetric, z)) < 1e-6, "N(x) = (M + M^T) x: <J a, b> = <a, J b>."
+        yield "proximal maps give 0", abs(asymmetry(torch.tanh, z)) < 1e-6, "tanh acts pixel by pixel: its J is diagonal."
+        yield "rotations are seen", abs(asymmetry(skew, z)) > 1e-3, "N(x) = (M - M^T) x is no gradient."
+        curved = asymmetry(lambda x: x * x.roll(1, -1), z)
+        yield "nonlinear maps are seen", abs(curved) > 1e-3, "N(x) = x roll(x): take J at z."
+
+
+@exercise
+def solvers_1(step):
+    """``step()``: a step for `propagate`: gradient descent on ``f + 0.005 ||D x||^2``, step size from the problem's L."""
+    for randn in draws():
+        problem, x0 = problem_of(randn)
+        f, D = problem.fidelity, Gradient()
+
+        def energy(state, f=f, D=D):
+            return f.value(state.x) + 0.005 * norm_items(D.A(state.x)) ** 2
+
+        run = propagate(step(), Problem(f), x0, steps=400, measure={"F": energy})
+        yield "keeps moving", run.iterations > 9, "It stood still: return state.next(x) with a new x."
+        yield "descent", (run.trace["F"].diff(dim=0) <= 1e-12 * run.trace["F"][0]).all(), "Is tau below 2 / (L + 8 weight)?"
+        slope = f.grad(run.x) + 0.01 * D.A_adjoint(D.A(run.x))
+        yield "minimiser", slope.norm() < 1e-6 * x0.norm(), "It moves too slowly, or down another energy."
+
+
+@exercise
+def solvers_3(admm):
+    """``admm(problem, x0, rho, steps)``: ``(u, v, nu)`` after so many ADMM iterations from v = x0, nu = 0."""
+    for randn in draws():
+        problem, x0 = problem_of(randn)
+        best = propagate(ProximalGradient(), problem, x0, steps=600).trace["energy"][-1]
+        for rho in (0.5, 3.0):
+            u, v, nu = admm(problem, x0, rho, 300)
+            yield like(v, x0)
+            yield "copies agree", (u - v).norm() < 1e-5 * v.norm(), "u - v does not go to 0: nu adds up the disagreement."
+            force = problem.fidelity.grad(u)
+            yield "rho nu = -grad f(u)", (rho * nu + force).norm() < 1e-4, "Check signs and factors: u uses v - nu."
+            yield "minimum", (problem.energy(v) <= best * (1 + 1e-6)).all(), "The limit is that of another energy."
+
+
+@exercise
+def pnp_1(denoiser):
+    """``denoiser(prior)``: a function ``(v, alpha)`` with which plug-and-play is HQS for that prior; alpha = rho^(-1/2)."""
+    for randn in draws():
+        problem, x0 = problem_of(randn)
+        for rho, growth in ((0.2, 1.0), (1.0, 1.5)):
+            ours = propagate(PlugAndPlay(denoiser(problem.prior), rho, growth), problem, x0, steps=8).x
+            yield like(ours, x0)
+            same = torch.allclose(ours, propagate(HQS(rho, growth), problem, x0, steps=8).x)
+            yield "equals HQS", same, "HQS takes the proximal step 1 / rho, which is alpha^2."
+
+
+@exercise
+def pnp_2(gate):
+    """``gate(problem, x, v)``: per image, v if ``F(v) <= F(x)``, else a proximal-gradient step from x with step 0.99 / L."""
+    for randn, p in zip(draws(), (1, 0.5, 0), strict=True):
+        problem, x = problem_of(randn, p)
+        good, safe = (propagate(ProximalGradient(), problem, x, steps=steps).x for steps in (20, 1))
+        bad = x + 10 * randn(*x.shape)
+        yield like(gate(problem, x, bad), x)
+        yield "keeps a good proposal", torch.equal(gate(problem, x, good), good), "F(v) <= F(x): v itself should come back."
+        yield "falls back", torch.allclose(gate(problem, x, bad), safe), "F(v) > F(x): expected the proximal-gradient step."
+        one = torch.allclose(gate(problem, x, torch.stack([good[0], bad[1]])), torch.stack([good[0], safe[1]]))
+        yield "judges each image", one, "One bad image must not spoil the other."
+        yield "refuses NaN", torch.allclose(gate(problem, x, bad * torch.nan), safe), "NaN is not <= F(x): do not ask for >."
+
+
+@exercise
+def cert_1(largest):
+    """``largest(problem, x0)``: the largest multiple of 1/L, to two digits, with which f falls at every gradient step."""
+    for randn in draws():
+        problem, x0 = problem_of(randn)
+        factor = float(largest(Problem(problem.fidelity, Lp(1, 0.0)), x0))
+        yield "not too long", factor < 2.03, f"At {factor:.2f} / L the energy rises, if you wait: take 200 steps."
+        yield "not too short", factor > 1.97, f"{factor:.2f} / L is not the limit. Is your unit the problem's own 1/L?"
+
+
+@exercise
+def cert_2(certificate):
+    """``certificate(trace, kappa)``: whether ``F(x^k) - F(x^{k+1}) >= kappa ||x^{k+1} - x^k||^2`` for all k and images."""
+    for randn in draws():
+        problem, x0 = problem_of(randn)
+        smooth, kappa = Problem(problem.fidelity, Lp(1, 0.0)), problem.lipschitz / 2
+        short, long = (propagate(GradientDescent(), smooth, x0, steps=steps).trace for steps in (12, 600))
+        yield "accepts a true run", certificate(short, kappa), "The inequality holds on it."
+        yield "forgives round-off", certificate(long, kappa), "Energies agree to 15 digits: allow about 1e-13 of the first."
+        yield "uses kappa", not certificate(short, 20 * kappa), "No run has 20 times that decrease."
+        last = short.rows[-1]["energy"]
+        for value, name in ((1.001, "sees a raised energy"), (torch.nan, "sees NaN"), (torch.inf, "sees infinity")):
+            short.rows[-1]["energy"] = torch.stack([last[0], value * short.start["energy"][1]])
+            yield name, not certificate(short, kappa), "The last energy of the second image is false, and it passed."
+
+
+@exercise
+def padnet_1(iteration):
+    """``iteration(f, network, v, nu, rho)``: ``(u, v, nu)`` after one pass of IPADNet (mu = 0), alpha = rho^(-1/2)."""
+    for randn in draws():
+        problem, v = problem_of(randn)
+        f, schedule, nu, seen = problem.fidelity, Schedule(2.0, 1.5), 0 * v, [(v, 0.0)]
+
+        def network(w, alpha, seen=seen):
+            seen.append((w, alpha))
+            return w - alpha * torch.tanh(w / alpha)
+
+        state = propagate(Implicit(network, schedule), problem, v, steps=3).state
+        for k in range(3):
+            (rho, alpha), target = schedule(k), v - nu
+            u, v, nu = iteration(f, network, v, nu, rho)
+            yield like(u, v)
+            yield "u is optimal", (f.grad(u) + rho * (u - target)).norm() < 1e-7, "u = prox_{f / rho}(v - nu): check signs."
+            yield "calls the network at alpha", seen[-1][1] == alpha, "alpha = rho^(-1/2)."
+            yield "dual is the network's move", torch.allclose(nu, seen[-1][0] - v), "nu+ = nu + u+ - v+ = w - N(w)."
+        yield "equals odlkit", torch.allclose(v, state.x), "After three passes v differs: the network sees u+ + nu."
+
+
+@exercise
+def padnet_2(passes):
+    """``passes(mu, tau, tolerance, L)``: whether kappa > 0 and the fallback v = x meets Condition 1 by itself."""
+    for randn in draws():
+        for mu, tau, tolerance, L in (randn(300, 4).abs() * torch.tensor([2.0, 1.0, 1.0, 0.5])).tolist():
+            said, case = bool(passes(mu, tau, tolerance, L)), f"mu {mu:.2f}, tau {tau:.2f}, C_E {tolerance:.2f}, L {L:.2f}"
+            falls, slope = Constants(mu, tau, tolerance).kappa > 0, mu - 1 / tau
+            safe = tolerance >= max(abs(slope), abs(slope + L))
+            yield "descent", falls or not said, f"{case}: mu - 1/(2 tau) - C_E is not positive."
+            yield "fallback", safe or not said, f"{case}: C_E is below |mu - 1/tau| or |mu - 1/tau + L|."
+            yield "not stricter", said or not (safe and falls), f"{case}: both conditions hold; why refuse?"
+
+
+@exercise
+def thm_1(make):
+    """``make()``: a network ``(w, alpha) -> c w``, the number c may change at every call, with the orbit 2, 0, 2, 0 ..."""
+    a = torch.full((1, 1, 1, 1), 2.5, dtype=torch.float64)
+    toy, step = Problem(LeastSquares(Identity(), a, 0.4), Lp(0, 0.9)), Explicit([make()], Constants(0.1, 1.0, 0.04))
+    trace = propagate(step, toy, 0 * a, steps=10, measure={"x": lambda s: s.x}).trace
+    yield "every move is kept", trace.acceptance_rate() == 1, "Condition 1 refused one: e is not 0 there."
+    orbit = trace["x"][:, 0] - torch.tensor([2.0, 0.0] * 5)
+    yield "orbit 2, 0, 2, 0", orbit.abs().max() < 1e-6, "Odd calls should give 2, even calls 0."
+
+
+@exercise
+def thm_2(constant):
+    """``constant(mu, tau, tolerance, convex)``: the best kappa that is proved for a convex prior, or for any."""
+    for randn in draws():
+        for mu, tau, tolerance in (randn(50, 3).abs() + 0.05).tolist():
+            general, case = Constants(mu, tau, tolerance).kappa, f"mu {mu:.2f}, tau {tau:.2f}, C_E {tolerance:.2f}"
+            got, best = constant(mu, tau, tolerance, True), max(general, mu / 2 - tolerance)
+            yield "any prior", abs(constant(mu, tau, tolerance, False) - general) < 1e-9, f"{case}: expected {general:.3f}."
+            yield "convex: proved", got <= best + 1e-9, f"{case}: {got:.3f} is more than is proved."
+            yield "convex: best", got >= best - 1e-9, f"{case}: two constants hold; which is larger?"
+
+
+@exercise
+def deconv_1(noise_level):
+    """``noise_level(y)``: the standard deviation of the white noise on a smooth picture ``(1, 1, H, W)``, as a number."""
+    grid = torch.linspace(0, 6.28, 64, dtype=torch.float64)
+    smooth = 0.5 + 0.2 * grid.sin()[:, None] * grid.cos() + 0.3 * (grid > 3)  # an edge is not noise
+    for randn, sigma in zip(draws(), (0.005, 0.02, 0.1), strict=True):
+        y = (smooth + sigma * randn(64, 64))[None, None]
+        found, triple = float(noise_level(y)), float(noise_level(3 * y))
+        yield "within 15%", abs(found / sigma - 1) < 0.15, f"It is {sigma}, found {found:.4f}: a median of fine details?"
+        yield "scales with y", abs(triple - 3 * found) < 1e-6 * found, "Three times the picture has three times the noise."
+
+
+@exercise
+def deconv_3(discrepancy):
+    """``discrepancy(A, x, y, sigma)``: ``||A x - y||^2 / (n sigma^2)``, one number an image, n values in each."""
+    for randn in draws():
+        A, x, sigma = blur_of(randn), randn(2, 1, 48, 48), float(randn(1).abs()) + 0.01
+        exact = A.A(x)
+        noisy = exact + sigma * randn(*x.shape)
+        d = discrepancy(A, x, noisy, sigma)
+        yield "one number an image", d.shape == (2,), f"Expected shape (2,), got {tuple(d.shape)}."
+        yield "near 1 at the truth", ((d - 1).abs() < 0.15).all(), f"Got {d.tolist()}: divide by n sigma^2, n of one image."
+        mixed = discrepancy(A, x, torch.stack([noisy[0], exact[1]]), sigma)
+        yield "0 for exact data", mixed[1] < 1e-12, "The second image has no noise, the first one has: do not mix images."
