@@ -69,7 +69,7 @@ class LeastSquares:
     def __init__(self, operator: LinearMap, y: Tensor, weight: Tensor | float = 1.0):
         self.operator, self.y, self.weight = as_operator(operator), y, weight
         self.back = self.operator.A_adjoint(y)  # A^T y, once
-        self._filter: tuple = (None, None)  # (what it was made for, 1 / (|A|^2 + rho |W|^2)): a fixed penalty divides once
+        self._filter: tuple = (None, None)  # (what for, 1 / (H W (|A|^2 + rho |W|^2))): a fixed penalty divides once
 
     def value(self, x: Tensor) -> Tensor:
         weight = self.weight.flatten() if isinstance(self.weight, Tensor) else self.weight
@@ -84,7 +84,7 @@ class LeastSquares:
         rhs = add_scaled(self.back, z if through is None else through.A_adjoint(z), rho)
         made_for = (rho, through) if isinstance(rho, float) else None
         if made_for is not None and self._filter[0] == made_for:
-            return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:])
+            return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:], norm="forward")
         if through is None and self.operator.unitary:
             return self.operator.solve(rhs, rho)
         gram = self.operator.gram(rhs)
@@ -93,8 +93,9 @@ class LeastSquares:
             if through is None:
                 return self.operator.solve(rhs, rho)
             return conjugate_gradient(lambda x: self.operator.normal(x) + rho * through.normal(x), rhs)
-        self._filter = (made_for, 1.0 / (gram + rho * other))
-        return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:])
+        # with the 1 / (H W) of the inverse transform, which saves a pass over the image
+        self._filter = (made_for, 1.0 / (rhs.shape[-2] * rhs.shape[-1]) / (gram + rho * other))
+        return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:], norm="forward")
 
     @cached_property
     def bounds(self) -> tuple[float, float]:

@@ -151,10 +151,10 @@ def propagate(
     record_energy = energy and problem.prior is not None
     limits = [min(blow_up * max(size, x0[0].numel() ** 0.5), sys.float_info.max) for size in norm_items(x0).tolist()]
     sizes, axes = norm_items(state.x).tolist(), tuple(range(1, x0.dim()))
-    truth_norm = norm_items(truth if truth is not None else x0)
     if record_energy:
         trace.start["energy"] = problem.energy(state.x)
     if truth is not None:
+        truth_norm = norm_items(truth)
         trace.start["error"] = norm_items(state.x - truth) / truth_norm
     counter: Any = range(steps)
     if progress:
