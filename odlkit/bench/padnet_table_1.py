@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ from torch.nn import functional as nnf
 from odlkit import data, weights
 from odlkit.bench import provenance
 from odlkit.models.padnet import Constants, Explicit, Schedule
-from odlkit.models.padnet_gradient import Repeated, Staged, explicit, gradient_problem, implicit
+from odlkit.models.padnet_gradient import Repeated, Staged, Stages, explicit, gradient_problem, implicit
 from odlkit.operators import Blur, Gradient
 from odlkit.problem import Problem
 from odlkit.propagate import Result, Status, Step, propagate
 from odlkit.solvers import ADMM, HQS
 from odlkit.training.padnet_gradient import EPSILON, HELD_OUT, SIGMA, blurred
 
-SEEDS, LIMIT, SIZE = (0, 1, 2), 150, 128
+SEEDS, LIMIT, SIZE = (0, 1, 2), 150, 96
 GRID = {1.0: (2e-3, 4e-3, 8e-3), 0.8: (1e-3, 2e-3, 4e-3), 0.0: (1e-4, 2e-4, 5e-4)}  # lambda for each p
 PENALTIES: dict[str, list[tuple[float, float]]] = {  # (rho_0 / L, growth)
     "ADMM": [(rho, 1.0) for rho in (0.03, 0.1, 0.3, 1.0, 3.0)],
@@ -110,19 +110,21 @@ def network_name(p: float) -> str:
     return f"padnet-gradient-l{p:g}".replace(".", "")
 
 
-def methods(p: float, lam: float, chosen: dict, lipschitz: float) -> dict[str, Step]:
-    """The steps of one row of the table, with the controls: EPADNet as printed, with and without the fallback."""
-    card = weights.card(network_name(p))
-    if card["energy"]["lambda"] != lam:
-        made_for = card["energy"]["lambda"]
+def methods(p: float, chosen: dict, lipschitz: float) -> dict[str, Step]:
+    """The steps of one row of the table, then EPADNet's variants and controls."""
+    card, stages = weights.card(network_name(p)), cast(Stages, weights.load(network_name(p)))
+    made_for, lam = card["energy"]["lambda"], chosen["lambda"]
+    if made_for != lam:
         raise ValueError(f"lambda: the shipped network for p = {p:g} was designed for {made_for}, tuning gives {lam}")
-    stages: Any = weights.load(network_name(p))
     schedule = Schedule(card["schedule"]["first"] ** -2, card["schedule"]["growth"])
+    ours, single = Repeated.constants_for(lipschitz), Constants.for_lipschitz(lipschitz)
     unit_step = Constants(1.9 * lipschitz, 1 / lipschitz, 0.9 * lipschitz)  # step 1 where L = 1, mu = 1.9 > 2 C_E
     return {
         **{name: splitting(name, lipschitz, tuple(chosen[name]["penalty"])) for name in PENALTIES},
-        "EPADNet": explicit(stages, schedule, Repeated.constants_for(lipschitz)),
-        "EPADNet, one correction, tau = 1/mu": explicit(stages, schedule, Constants.for_lipschitz(lipschitz), corrections=1),
+        "EPADNet": explicit(stages, schedule, ours),
+        "EPADNet started at IPADNet's result": explicit(stages, schedule, ours),
+        "EPADNet with the identity for a network": Repeated([lambda v, alpha: v], ours, schedule),
+        "EPADNet, one correction, tau = 1/mu": explicit(stages, schedule, single, corrections=1),
         "EPADNet, unit step as printed": Staged([Explicit([n], unit_step, schedule, fallback=False) for n in stages.nets]),
     }
 
@@ -164,35 +166,35 @@ def run(progress: bool = True) -> dict:
     from tqdm import tqdm
 
     clock = time.monotonic()
-    sets = ("levin", "set3c")
-    jobs = len(GRID) + len(sets) * (5 * len(GRID) + 1)
-    bar = tqdm(total=jobs, disable=not progress, desc="padnet-table-1")
+    bar = tqdm(total=11 * len(GRID) + 2, disable=not progress, desc="padnet-table-1")
     chosen = tune(bar)
-    shared: Any = weights.load("padnet-gradient")
-    card = weights.card("padnet-gradient")
-    rows, figure = [], {}
-    for name in sets:
+    card, stages = weights.card("padnet-gradient"), cast(Stages, weights.load("padnet-gradient"))
+    rows: list[dict] = []
+    figure: dict[str, dict] = {}
+
+    def job(label: str, step: Step, p: float | None, lam: float, starts: list[Tensor] | None = None) -> list[Tensor]:
+        results, plain = [], label in ("ADMM", "HQS", "IPADNet", "EPADNet")
+        for i, (y, kernel, truth) in enumerate(batches if plain else batches[:1]):  # variants: the first seed only
+            problem = gradient_problem(y, kernel, SIGMA, p, lam)
+            results.append(go(step, problem, starts[i] if starts else Gradient().A(y), truth))
+        first = step.steps[0] if isinstance(step, Staged) else step
+        tolerance = first.constants.tolerance if isinstance(first, Explicit) else None
+        rows.append({"data": name, "p": p, "method": label, "lambda": lam or None, "seeds": len(results),
+                     **summary(results, tolerance)})  # fmt: skip
+        if name == "levin":
+            figure[label if p is None else f"{label}, p = {p:g}"] = curves(results[0], tolerance)
+        bar.update()
+        return [result.x for result in results]
+
+    for name in ("levin", "set3c"):
         batches = [instances(name, seed) for seed in SEEDS]
-
-        def job(label: str, p: float | None, lam: float, make, name=name, batches=batches) -> None:
-            results, tolerance = [], None
-            for y, kernel, truth in batches:
-                problem = gradient_problem(y, kernel, SIGMA, p, lam)
-                step = make(problem.lipschitz)
-                first = step.steps[0] if isinstance(step, Staged) else step
-                tolerance = first.constants.tolerance if isinstance(first, Explicit) else None
-                results.append(go(step, problem, Gradient().A(y), truth))
-            rows.append({"data": name, "p": p, "method": label, "lambda": lam or None, **summary(results, tolerance)})
-            if name == "levin":
-                figure[label if p is None else f"{label}, p = {p:g}"] = curves(results[0], tolerance)
-            bar.update()
-
+        lipschitz = gradient_problem(*batches[0][:2], SIGMA).lipschitz
         schedule = Schedule(card["schedule"]["first"] ** -2, card["schedule"]["growth"])
-        job("IPADNet", None, 0.0, lambda lipschitz, s=schedule: implicit(shared, s))
+        ends = job("IPADNet", implicit(stages, schedule), None, 0.0)
         for p, choice in chosen.items():
-            for label in methods(p, choice["lambda"], choice, 1.0):
-                job(label, p, choice["lambda"],
-                    lambda lipschitz, p=p, c=choice, label=label: methods(p, c["lambda"], c, lipschitz)[label])  # fmt: skip
+            steps = methods(p, choice, lipschitz)
+            for label in steps if name == "levin" else ("ADMM", "HQS", "EPADNet"):  # the variants on one set only
+                job(label, steps[label], p, choice["lambda"], ends if "started" in label else None)
     bar.close()
     nets = ["padnet-gradient", *(network_name(p) for p in GRID)]
     return {
