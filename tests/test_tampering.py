@@ -42,12 +42,19 @@ Image(b"\\x89PNG\\r\\n\\x1a\\n", format="png")
 THEOREMS, PROBLEMS = (BOOK / part for part in ("padnet/theorems.md", "foundations/inverse-problems.md"))
 
 
-@pytest.fixture
-def chapter(tmp_path):
-    """A small chapter, executed."""
-    source = tmp_path / "tiny.md"
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """A folder with a small chapter that was executed once for all tests."""
+    source = tmp_path_factory.mktemp("book") / "tiny.md"
     source.write_text(TINY)
-    execute(source)
+    assert execute(source)["certificates"] == [1, 1]
+    return source.parent
+
+
+@pytest.fixture
+def chapter(executed, tmp_path):
+    """A copy of it, to be spoilt."""
+    source = shutil.copytree(executed, tmp_path / "chapter") / "tiny.md"
     assert not changed(source) and not unexecuted(stored(source)) and not undescribed(stored(source))
     return source
 
@@ -76,7 +83,7 @@ def made_from(source) -> dict[str, str]:
 
 
 def nbval(source) -> subprocess.CompletedProcess:
-    words = "-m pytest --nbval-lax --nbval-current-env -q -p no:cacheprovider --rootdir".split()
+    words = ["-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider", "--rootdir"]
     command = [sys.executable, *words, source.parent, source.with_suffix(".ipynb")]
     return subprocess.run(command, capture_output=True, text=True, cwd=source.parent)
 
