@@ -1,7 +1,8 @@
-"""A chapter's exercises as one notebook for a class: nbgrader's or Otter's format, stubs to fill in, checks as tests.
+"""A chapter's exercises as one notebook for a class, in nbgrader's or Otter's format: the teacher's version.
 
-`python tools/export.py book/foundations/inverse-problems.md --format nbgrader -o out.ipynb`.  Nothing of the two programs is
-needed here; the cells call `odlkit.check`.  An exercise is exported when its label has a checker (CONTRIBUTING.md says how).
+`python tools/export.py book/foundations/inverse-problems.md --format nbgrader -o out.ipynb`.  Each exercise becomes
+its text, its stub with the solution between the marks that `nbgrader generate_assignment` and `otter assign` take away, and
+a test that calls `odlkit.check`.  Neither program is needed here.  CONTRIBUTING.md says what an exercise looks like.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def imports(text: str) -> str:
 
 
 def exercises(text: str) -> list[Exercise]:
-    """The exercises with a checker, in order.  Raises ``ValueError`` when a stub, a solution or the right name is missing."""
+    """The exercises with a checker, in order.  Raises ``ValueError`` when stub, solution or the right name is missing."""
     found = []
     head = FENCE + r"\{exercise-start\} *(?P<level>●*)[^\n]*\n(?P<options>.*?)^\1 *$\n"
     block = re.compile(head + r"(?P<body>.*?)^[`:]{3,}\{exercise-end\}", re.M | re.S)
@@ -95,10 +96,12 @@ def _nbgrader(exercise: Exercise, new) -> list:
         return cell
 
     stub, call = without_check(exercise, exercise.stub)
+    solution, _ = without_check(exercise, exercise.solution)
     text = f"**{exercise.label}** {exercise.level}\n\n{exercise.text}"
+    answer = f"{stub}\n\n\n### BEGIN SOLUTION\n{solution}\n### END SOLUTION"  # nbgrader strips the part between
     return [
         marked(new.new_markdown_cell(text), "text", locked=True),
-        marked(new.new_code_cell(stub), "answer", solution=True),
+        marked(new.new_code_cell(answer), "answer", solution=True),
         marked(new.new_code_cell(call), "test", grade=True, locked=True, points=exercise.points),
     ]
 
