@@ -12,10 +12,10 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test lint execute serve clean
+.PHONY: help install book test lint execute pages certificates serve clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY)  ## make .venv with the package and all that the book and the tests need
 
@@ -40,6 +40,12 @@ lint: $(READY)  ## ruff and mypy
 
 execute: $(READY)  ## run the chapters whose text or library changed, store the outputs (ALL=1: every chapter)
 	$(BIN)/python tools/execute.py -j $(JOBS) $(if $(ALL),--all)
+
+pages: $(READY)  ## write the pages that are made from data, and the notation boxes of the chapters
+	$(BIN)/python tools/pages.py
+
+certificates: $(READY)  ## play every proposition again, store what it says, and write its page
+	$(BIN)/python tools/pages.py --record
 
 serve:  ## show the built book on this machine
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
