@@ -53,10 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def with_paper(rows: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put a table of the paper, one row for each p with a column for each method, beside our rows of them.
-
-    The paper's data are Levin's, so rows of other data have nothing beside them.
-    """
+    """Put a table of the paper, one row for each p with a column for each method, beside our rows of them, Levin's data only."""
 
     def printed(row: dict[str, Any]) -> Any:
         if row.get("data", "levin") != "levin":
