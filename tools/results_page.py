@@ -53,7 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def with_paper(rows: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put a table of the paper, one row for each p with a column for each method, beside our rows of them, Levin's data only."""
+    """Put a table of the paper, a row for each p and a column for each method, beside our rows of Levin's data."""
 
     def printed(row: dict[str, Any]) -> Any:
         if row.get("data", "levin") != "levin":
