@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_book import undescribed
+from guards import undescribed
 
 from odlkit import viz
 from odlkit.operators import Identity

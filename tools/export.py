@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 FENCE = r"^(`{3,}|:{3,})"
 OTTER = "# ASSIGNMENT CONFIG\ninit_cell: true\nexport_cell: false\ncheck_all_cell: true\ntests:\n    ok_format: false"
 CODE = re.compile(FENCE + r"\{code-cell\}[^\n]*\n(.*?)^\1[ ]*$", re.M | re.S)
@@ -71,7 +72,7 @@ def exercises(text: str) -> list[Exercise]:
         solved = re.search(answer, text, re.S)
         cells = code_cells(solved[1]) if solved else []
         if stub is None or not cells:
-            raise ValueError(f"{label[1]}: an exercise with a checker needs a stub (```python) and a solution with a code cell")
+            raise ValueError(f"{label[1]}: an exercise with a checker needs a ```python stub and a solution with code")
         asked = STUB.sub("", match["body"]).strip()
         exercise = Exercise(label[1], match["level"], asked, stub[1].strip("\n"), "\n\n\n".join(cells))
         for part, code in (("stub", exercise.stub), ("solution", exercise.solution)):

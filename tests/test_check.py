@@ -1,0 +1,162 @@
+"""Exercises: every stub fails its checker, every solution passes, and every property can fail."""
+
+import re
+
+import pytest
+from execute import BOOK, chapters
+from export import ROOT, exercises, imports
+
+from odlkit import check
+
+FIXTURE = ROOT / "tests" / "exercises.md"
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in [*chapters(), FIXTURE]}
+ALL = [pytest.param(name, e, id=f"{name}:{e.label}") for name, text in TEXTS.items() for e in exercises(text)]
+KNOWN = {e.label: e for e in exercises(TEXTS["tests/exercises.md"])}
+
+
+def play(text: str, code: str) -> None:
+    """Run code as a reader's cell, with the imports of its chapter and nothing else."""
+    names: dict = {}
+    exec(imports(text), names)
+    exec(code, names)
+
+
+@pytest.mark.parametrize("name, exercise", ALL)
+def test_stub_fails_with_a_property_and_solution_passes(name, exercise, capsys):
+    with pytest.raises(check.NotYet, match=rf"^{exercise.checker}: [^:]+: not yet\. ") as failure:
+        play(TEXTS[name], exercise.stub)
+    assert ": runs:" not in str(failure.value), "a stub should run and fail a property"
+    assert capsys.readouterr().out == ""
+    play(TEXTS[name], exercise.solution)
+    assert re.fullmatch(rf"{exercise.checker} passed: .+\n", capsys.readouterr().out)
+
+
+def test_every_checker_has_an_exercise_and_every_chapter_two():
+    checkers = {name for name, value in vars(check).items() if hasattr(value, "__wrapped__")}
+    assert checkers == {e.checker for e in KNOWN.values()}
+    groups = [name.split("_")[0] for name in checkers]
+    assert len(set(groups)) == 8 and min(groups.count(g) for g in groups) >= 2
+    for name in checkers:
+        assert re.match(r"``\w+\(.*\)``: ", getattr(check, name).__doc__), f"{name}: the docstring begins with the call"
+
+
+def test_an_exercise_in_a_chapter_is_the_one_of_the_fixture():
+    """One text: a chapter that adopts an exercise changes it here too."""
+    for name, text in TEXTS.items():
+        for e in exercises(text):
+            here = KNOWN[e.label]
+            assert (e.stub, e.solution, e.level) == (here.stub, here.solution, here.level), f"{name}: {e.label}"
+
+
+# label, a piece of the solution, what is put in its place, the property that must then fail
+MUTANTS = [
+    ("inv-ex-1", "K.A_adjoint(S.A_adjoint(v))", "v", "shape and dtype"),
+    ("inv-ex-1", "S.A_adjoint(v))", "S.A_adjoint(v)).double()", "shape and dtype"),
+    ("inv-ex-1", "K.A_adjoint(", "K.A(", "adjoint identity"),
+    ("inv-ex-1", "K.A_adjoint(", "Kt(", "runs"),
+    ("inv-ex-5", "weight * D", "2 * weight * D", "zero gradient"),
+    ("inv-ex-5", "D = Gradient()", "return y[:1]", "shape and dtype"),
+    ("prox-ex-1", "z / (1 + weight * step)", "None", "shape and dtype"),
+    ("prox-ex-1", "z / (1 + weight * step)", "1.5 * z", "firmly non-expansive"),
+    ("prox-ex-1", "(1 + weight * step)", "(1 + weight)", "minimiser"),
+    ("prox-ex-4", "return worst", "return 1.0", "symmetric maps give 0"),
+    ("prox-ex-4", "torch.func.jvp(N, (z,), (d,))[1]", "N(d)", "proximal maps give 0"),
+    ("prox-ex-4", "return worst", "return 0.0", "rotations are seen"),
+    ("prox-ex-4", "(z,)", "(0 * z,)", "nonlinear maps are seen"),
+    ("solvers-ex-1", "problem.lipschitz + 0.08", "problem.lipschitz / 3", "descent"),
+    ("solvers-ex-1", "state.x - slope", "state.x - 0 * slope", "keeps moving"),
+    ("solvers-ex-1", "0.01 *", "0.02 *", "descent"),
+    ("solvers-ex-1", "problem.lipschitz + 0.08", "100 * problem.lipschitz", "minimiser"),
+    ("solvers-ex-3", "return u, v, nu", "return u, v[:1], nu", "shape and dtype"),
+    ("solvers-ex-3", "nu = nu + u - v", "nu = nu", "copies agree"),
+    ("solvers-ex-3", "return u, v, nu", "return u, v, -nu", "rho nu = -grad f(u)"),
+    ("solvers-ex-3", "prior(u + nu, 1 / rho)", "prior(u + nu, 2 / rho)", "minimum"),
+    ("pnp-ex-1", "prior.prox(v, alpha**2)", "prior.prox(v, alpha**2).float()", "shape and dtype"),
+    ("pnp-ex-1", "alpha**2", "1.01 * alpha**2", "equals HQS"),
+    ("pnp-ex-2", "return torch.where", "return v[:1] + 0 * torch.where", "keeps a good proposal"),
+    ("pnp-ex-2", "v, safe)", "v, safe).float()", "shape and dtype"),
+    ("pnp-ex-2", "v, safe)", "safe, safe)", "keeps a good proposal"),
+    ("pnp-ex-2", "v, safe)", "v, x)", "falls back"),
+    ("pnp-ex-2", "keep.view(-1, 1, 1, 1)", "keep.all()", "judges each image"),
+    ("pnp-ex-2", "MonotoneEnergy()(problem, Candidate(x, v, v, 0 * v))", "~(problem.energy(v) > problem.energy(x))",
+     "refuses NaN"),
+    ("cert-ex-1", "return low", "return 2.5", "not too long"),
+    ("cert-ex-1", "return low", "return low / problem.lipschitz", "not too short"),
+    ("cert-ex-2", "return bool", "return not bool", "accepts a true run"),
+    ("cert-ex-2", "-1e-13 * F[0]", "0", "forgives round-off"),
+    ("cert-ex-2", "- kappa * trace", "- 0 * trace", "uses kappa"),
+    ("cert-ex-2", "room >= -1e-13 * F[0]", "room[:, 0] >= -1e-13 * F[0, 0]", "sees a raised energy"),
+    ("cert-ex-2", "bool((room >= -1e-13 * F[0]).all())", "not (room < -1e-13 * F[0]).any()", "sees NaN"),
+    ("cert-ex-2", "(room >= -1e-13 * F[0])", "((room >= -1e-13 * F[0]) | room.isinf())", "sees infinity"),
+    ("padnet-ex-1", "return u, v, w - v", "return u[:1], v, w - v", "shape and dtype"),
+    ("padnet-ex-1", "v - nu, 1 / rho", "v + nu, 1 / rho", "u is optimal"),
+    ("padnet-ex-1", "rho**-0.5", "1 / rho", "calls the network at alpha"),
+    ("padnet-ex-1", "w - v", "v - w", "dual is the network's move"),
+    ("padnet-ex-1", "w = u + nu", "w = u", "equals odlkit"),
+    ("padnet-ex-2", "mu - 1 / (2 * tau) - tolerance > 0", "True", "descent"),
+    ("padnet-ex-2", "max(abs(slope), abs(slope + L))", "abs(slope)", "fallback"),
+    ("padnet-ex-2", "max(abs(slope), abs(slope + L))", "abs(slope) + L", "not stricter"),
+    ("thm-ex-1", "2.0 / w", "1.0 / w", "every move is kept"),
+    ("thm-ex-1", "w * (2.0 / w)", "0.0 * w", "orbit 2, 0, 2, 0"),
+    ("thm-ex-2", "else general", "else mu / 2 - tolerance", "any prior"),
+    ("thm-ex-2", "max(general, mu / 2 - tolerance)", "mu", "convex: proved"),
+    ("thm-ex-2", "max(general, mu / 2 - tolerance)", "mu / 2 - tolerance", "convex: best"),
+    ("deconv-ex-1", "/ 0.6745", "/ 0.5", "within 15%"),
+    ("deconv-ex-1", "return finest.abs().median().item() / 0.6745", "return round(finest.std().item(), 4)", "scales with y"),
+    ("deconv-ex-3", "square_items(A.A(x) - y)", "square_items(A.A(x) - y).sum()", "one number an image"),
+    ("deconv-ex-3", "y[0].numel()", "y.numel()", "near 1 at the truth"),
+    ("deconv-ex-3", "square_items(A.A(x) - y)", "square_items(A.A(x) - y).mean() * torch.ones(2)", "0 for exact data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("label, right, wrong, fails", MUTANTS, ids=[f"{m[0]}:{m[3]}" for m in MUTANTS])
+def test_a_wrong_solution_fails_the_property_it_breaks(label, right, wrong, fails):
+    solution = KNOWN[label].solution
+    assert right in solution
+    with pytest.raises(check.NotYet, match=rf"^{KNOWN[label].checker}: {re.escape(fails)}: not yet\. "):
+        play(TEXTS["tests/exercises.md"], solution.replace(right, wrong))
+
+
+def test_every_property_has_a_wrong_solution(capsys):
+    """What a checker prints when it passes is what it asked; each of these has a mutant above."""
+    for exercise in KNOWN.values():
+        play(TEXTS["tests/exercises.md"], exercise.solution)
+        asked = set(capsys.readouterr().out.strip().split(" passed: ")[1].split(", ")) - {"0"}
+        broken = {part for label, _, _, fails in MUTANTS if label == exercise.label for part in fails.split(", ")}
+        assert asked <= broken, f"{exercise.label}: no wrong solution for {asked - broken}"
+
+
+def test_an_error_inside_the_function_is_named_and_says_what_was_expected():
+    message = r"inv_1: runs: not yet\. It raised TypeError: .* Expected ``adjoint\(v, K, S\)``"
+    with pytest.raises(check.NotYet, match=message) as e:
+        check.inv_1(lambda v: v)
+    assert isinstance(e.value, AssertionError) and isinstance(e.value.__cause__, TypeError)
+    for unwritten in (lambda *a: None, lambda *a: ..., lambda *a: a[0] * float("nan")):
+        with pytest.raises(check.NotYet, match="inv_1: shape and dtype"):
+            check.inv_1(unwritten)
+
+
+def test_nothing_is_left_behind():
+    """A checker draws from its own generators: the global one stands where it stood."""
+    import torch
+
+    before = torch.get_rng_state()
+    play(TEXTS["tests/exercises.md"], KNOWN["prox-ex-1"].solution)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.replace("```python\n", "```text\n", 1), "inv-ex-1: .* stub"),
+        (lambda t: t.replace("{solution-start} inv-ex-1", "{solution-start} inv-ex-9"), "inv-ex-1: .* solution"),
+        (lambda t: t.replace("check.inv_1(", "check.inv_2(", 1), "inv-ex-1: the stub does not call check.inv_1"),
+    ],
+)
+def test_an_incomplete_exercise_is_reported(change, message):
+    with pytest.raises(ValueError, match=message):
+        exercises(change(TEXTS["tests/exercises.md"]))
+
+
+def test_chapters_were_looked_at():
+    assert {BOOK / "foundations" / "inverse-problems.md", BOOK / "padnet" / "theorems.md"} <= {ROOT / name for name in TEXTS}
