@@ -6,6 +6,7 @@ PORT ?= 8000
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.odlkit-ready
+BUILT := _build/.book-built
 
 # Two workers share the cores; one thread each is faster than two that fight, and keeps sums in one order.
 export OMP_NUM_THREADS ?= 1
@@ -25,12 +26,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[book,test]'
 	@touch $@
 
-book: $(READY)  ## build the book into _build/html from the executed chapters; any warning is an error
-	rm -rf _build/html _build/.doctrees
-	$(BIN)/jupyter-book build . -W -n --keep-going
+book: $(BUILT)  ## build the book into _build/html from the executed chapters; any warning is an error
 	@echo "The book is in _build/html/index.html"
 
-test: lint  ## lint, types, every test, and every chapter run again and compared with its stored output
+$(BUILT): $(READY) _config.yml _toc.yml tools/assets.py $(shell find book odlkit -type f ! -path '*/.*' ! -path '*__pycache__*')
+	$(BIN)/python tools/assets.py
+	rm -rf _build/html _build/.doctrees
+	$(BIN)/jupyter-book build . -W -n --keep-going
+	@touch $@
+
+test: lint $(BUILT)  ## lint, types, every test, and every chapter run again and compared with its stored output
 	$(BIN)/python -m pytest tests book --nbval-lax --nbval-current-env \
 		-n $(JOBS) --dist loadfile -q --durations 10
 
