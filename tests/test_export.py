@@ -1,4 +1,4 @@
-"""Exported exercises: valid notebooks in each format; the teacher's version passes, the student's begins with a failing stub."""
+"""Exported exercises: valid notebooks in each format; the teacher's version passes, the student's begins by failing."""
 
 import re
 import subprocess
