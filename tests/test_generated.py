@@ -67,14 +67,10 @@ def erratum_faults(entry: dict) -> list[str]:
 def test_every_erratum_has_its_evidence():
     entries = pages.load("errata")
     assert len(entries) >= 14
-<<<<<<< HEAD
     found = [fault for entry in entries for fault in erratum_faults(entry)]
     assert not found, "\n".join(found)
     labels = re.findall(r"^\((erratum-.*)\)=$", (BOOK / "errata.md").read_text(encoding="utf-8"), re.M)
     assert len(set(labels)) == len(entries)
-=======
-    assert [fault for entry in entries for fault in erratum_faults(entry)] == []
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
 
 
 @pytest.mark.parametrize(
@@ -192,12 +188,8 @@ REGISTER, CODE, TESTS = pages.load("equations"), in_code(ROOT), in_tests(ROOT)
 
 
 def test_every_equation_has_code_and_a_test_or_a_reason():
-<<<<<<< HEAD
     found = faults(REGISTER, CODE, TESTS)
     assert not found, "\n".join(found)
-=======
-    assert faults(REGISTER, CODE, TESTS) == []
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
 
 
 def test_the_register_of_padnet_has_every_number():

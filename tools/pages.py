@@ -55,14 +55,11 @@ def code(name: str) -> str:
     return f"<code>{name.replace('_', '_<wbr>')}</code>"
 
 
-<<<<<<< HEAD
 def fields(named: dict[str, str]) -> str:
     """A list with a bold name before each entry."""
     return "\n".join(f"- **{name}:** {text}" for name, text in named.items())
 
 
-=======
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
 def dropdown(title: str, text: str) -> str:
     """A block that opens on a click; it may hold directives with three colons."""
     return f"::::{{dropdown}} {title}\n{text}\n::::"
@@ -77,11 +74,7 @@ def page(*parts: str) -> str:
 
 
 def evidence(entry: dict) -> str:
-<<<<<<< HEAD
     """What an erratum rests on: its status, its note, its tests grouped by file, its exercises as links."""
-=======
-    """The last cell of an erratum: its status, its note, its tests grouped by file, its exercises as links."""
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
     files: dict[str, list[str]] = {}
     for place in entry.get("evidence", []):
         file, name = place.split("::")
@@ -96,17 +89,11 @@ def errata() -> str:
     entries, register = load("errata"), load("equations")
     sections = []
     for paper in dict.fromkeys(entry["paper"] for entry in entries):
-<<<<<<< HEAD
         sections += [f"## {paper}", f"{{cite:t}}`{register[paper]['cite']}`; {register[paper]['reading']}"]
         for entry in (entry for entry in entries if entry["paper"] == paper):
             lines = {"Printed": entry["printed"], "Should read": entry["should_read"], "Evidence": evidence(entry)}
             label = re.sub(r"\W+", "-", f"erratum {paper} {entry['place']}".lower()).strip("-")
             sections.append(f"({label})=\n### {entry['place']}\n\n" + fields(lines))
-=======
-        rows = [[e["place"], e["printed"], e["should_read"], evidence(e)] for e in entries if e["paper"] == paper]
-        head = f"{{cite:t}}`{register[paper]['cite']}`; {register[paper]['reading']}"
-        sections += [f"## {paper}", head, list_table(["Place", "Printed", "Should read", "Evidence"], rows, "16 28 32 24")]
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
     return page(
         "# Errata",
         "Places in the papers where what is printed differs from what can be proved or run, what it should read, and the "
@@ -374,11 +361,7 @@ def equations() -> str:
         for entry in part["items"]:
             key = f"{paper} {entry['item']}"
             where = "<br>".join(source(mark) for mark in marks if mark.key == key) or f"*none:* {entry['reason']}"
-<<<<<<< HEAD
             covered = "<br>".join(code(mark.name) for mark in tests if mark.key == key)
-=======
-            covered = ", ".join(code(mark.name) for mark in tests if mark.key == key)
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
             rows.append([entry["item"], f"{entry['what']} ({entry['place']})", where, covered])
         extent = "Everything that the paper numbers" if part["complete"] else "Only what this edition uses"
         sections += [
@@ -426,11 +409,7 @@ def data_cards() -> str:
         cautions = " ".join(text for text in (entry.get("notes", ""), cards[name].get("cautions", "")) if text).replace(
             "*_", r"\*_"
         )
-<<<<<<< HEAD
         card = {
-=======
-        fields = {
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
             "what": f"{entry['task']}; {len(entry['files'])} files, {entry['size']}",
             "from": entry["paper"],
             "terms": entry["terms"],
@@ -439,11 +418,7 @@ def data_cards() -> str:
             "cautions": cautions or "none known",
             "checksum": f"`{digest[:16]}…`, of all files",
         }
-<<<<<<< HEAD
         sections.append(f"### {name}\n\n" + fields(card))
-=======
-        sections.append(f"### {name}\n\n" + "\n".join(f"{key}\n: {value}\n" for key, value in fields.items()))
->>>>>>> 08eb7fba7cfca866d3ac32b597f8d4de5de63372
     rest = [
         [
             f"`{name}`",
