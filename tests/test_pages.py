@@ -5,7 +5,7 @@ The pages are served from this machine under a path prefix, as a project site is
 
 import io
 import json
-import os
+import re
 import shutil
 import threading
 from functools import cache, partial
@@ -17,14 +17,13 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 import yaml
 from assets import AXE, ROOT, WIDGETS
-from execute import BOOK, chapters
 
 HTML = ROOT / "_build" / "html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 HEAVIEST = 1_500_000  # bytes of a page with its own pictures
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-OUTSIDE = "a page must work without a network: let tools/assets.py fetch the file at build time and serve it from book/_assets"
+OUTSIDE = "pages work without a network: let tools/assets.py fetch the file at build time and serve it from book/_assets"
 
 toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 PAGES = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"]), "genindex", "search"]
@@ -155,21 +154,19 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-# Formulas and widgets are there a moment after the page.
-READY = """
-const done = arguments[0], begun = Date.now();
-const views = [...document.querySelectorAll('script[type="%s"]')];
-const drawn = () => views.every(view => view.parentElement.querySelector('.jupyter-widgets'));
-const wait = () => drawn() || Date.now() - begun > 10000 ? done(drawn()) : setTimeout(wait, 20);
-(window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve()).then(wait);
-""" % WIDGET_VIEW
+def ask(browser, check: str, *arguments) -> list:
+    """The answer of one of the checks in pages.js about the open page."""
+    script = (Path(__file__).parent / "pages.js").read_text(encoding="utf-8") + """
+        const done = arguments[arguments.length - 1], [name, ...given] = [...arguments].slice(0, -1);
+        Promise.resolve(checks[name](...given)).then(done, (error) => done([`${name} failed: ${error}`]));"""
+    return browser.execute_async_script(script, check, *arguments)
 
 
 def visit(browser, base: str, page: str) -> list[str]:
     """Open a page and wait until it is drawn; what the browser says against it."""
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(base + page)
-    faults = [] if browser.execute_async_script(READY) else ["a widget is not drawn"]
+    faults = ask(browser, "ready", WIDGET_VIEW)
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
@@ -182,54 +179,10 @@ def visit(browser, base: str, page: str) -> list[str]:
     return faults
 
 
-MATHS = """
-const maths = document.querySelectorAll('.math').length, drawn = document.querySelectorAll('mjx-container').length;
-const red = [...document.querySelectorAll('mjx-container [mathcolor="red"], mjx-merror')].map(e => e.textContent);
-const unknown = [...document.querySelectorAll('mjx-container [style*="color: red"]')].map(e => e.outerHTML.slice(0, 200));
-return [...(maths === drawn ? [] : [`${maths} formulas, ${drawn} drawn`]),
-        ...[...red, ...unknown].map(e => 'a formula with an unknown command or an error: ' + e)];
-"""
-DIMMED = """
-const style = getComputedStyle, plain = s => s.filter === 'none' && s.opacity === '1' && s.mixBlendMode === 'normal';
-const changed = e => !plain(style(e));
-const within = e => e && (changed(e) || within(e.parentElement));
-return [...document.querySelectorAll('article img')].filter(within)
-  .map(e => 'in dark mode the grey values change in the picture: ' + e.alt);
-"""
-# Wider than the page itself, or sticking out where nothing scrolls.
-WIDE = """
-const done = arguments[0], page = document.documentElement;
-const measure = () => {
-const width = page.clientWidth;
-const boxed = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
-const scrolls = e => e && e !== document.body && (boxed(e) || scrolls(e.parentElement));
-const out = [...document.querySelectorAll('article *')].filter(e => e.getClientRects().length
-  && e.getBoundingClientRect().right > width + 1 && getComputedStyle(e).position !== 'absolute'
-  && !e.closest('mjx-assistive-mml') && !scrolls(e.parentElement) && !scrolls(e));
-const outer = out.filter(e => !out.includes(e.parentElement));
-const full = Math.max(page.scrollWidth, document.body.scrollWidth);
-done([...(full > width ? [`on a phone the page is ${full} wide, the screen ${width}`] : []),
-      ...outer.map(e => 'on a phone this sticks out: ' + (e.localName === 'mjx-container' ? e.textContent : e.outerHTML).slice(0, 160))]);
-};
-requestAnimationFrame(() => requestAnimationFrame(measure));  // after the layout for the new width
-"""
-# Left out: MathJax's own drawing, thousands of elements that a reader is told in MathML; the theme's search button, which is
-# called Search and shows its shortcut besides; the list of references, to which docutils gives the roles of an older standard;
-# the parts of signatures, hundreds in one colour.
-SCAN = """
-const done = arguments[1];
-axe.run({exclude: [['mjx-container'], ['.search-button-field'], ['.citation-list'], ['.sig-param']]}, {resultTypes: ['violations'], preload: false, ...arguments[0]}).then(
-  found => done(found.violations.filter(v => ['serious', 'critical'].includes(v.impact))
-    .map(v => `${v.id}: ${v.help}: ` + v.nodes.slice(0, 4).map(n => n.html.slice(0, 160) + ' ' +
-      n.any.concat(n.all).map(c => c.message).join(' ').slice(0, 200)).join(' | '))),
-  error => done(['the scan failed: ' + error]));
-"""
-
-
 def scan(browser, theme: str, *rules: str) -> list[str]:
     """Serious and critical faults that the accessibility checker finds."""
     only = {"runOnly": list(rules)} if rules else {}
-    return [f"{theme}, {fault}" for fault in browser.execute_async_script(SCAN, only)]
+    return [f"{theme}, {fault}" for fault in ask(browser, "scan", only)]
 
 
 def phone(browser, width: int = 390, height: int = 844) -> None:
@@ -244,15 +197,15 @@ def set_theme(browser, theme: str) -> None:
 @in_browser
 @pytest.mark.parametrize("name", PAGES)
 def test_page(browser, site, name):
-    faults = visit(browser, site[1], f"{name}.html") + browser.execute_script(MATHS)
+    faults = visit(browser, site[1], f"{name}.html") + ask(browser, "maths")
     try:
         browser.execute_script(AXE.read_text(encoding="utf-8"))
         set_theme(browser, "light")
         faults += scan(browser, "light")
         set_theme(browser, "dark")
-        faults += browser.execute_script(DIMMED) + scan(browser, "dark", "color-contrast")
+        faults += ask(browser, "dimmed") + scan(browser, "dark", "color-contrast")
         phone(browser)
-        faults += browser.execute_async_script(WIDE)
+        faults += ask(browser, "wide")
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert not faults, f"{name}:\n" + "\n".join(faults)
@@ -285,7 +238,7 @@ def test_search_finds(browser, site):
     def results(word: str) -> list[str]:
         assert visit(browser, site[1], f"search.html?q={word}") == []
         WebDriverWait(browser, 20).until(
-            lambda b: any(end in b.find_element(By.ID, "search-results").text for end in ("Search finished", "did not match"))
+            lambda b: re.search("Search finished|did not match", b.find_element(By.ID, "search-results").text)
         )
         return [link.get_attribute("href") for link in browser.find_elements(By.CSS_SELECTOR, "#search-results li a")]
 
@@ -318,11 +271,6 @@ def test_dark_mode_keeps_grey_values(browser, site):
     assert means["dark"] < means["light"] - 20  # the page itself did change
 
 
-SHOWN = """
-return [...document.querySelectorAll('article .widget-html-content img')].filter(e => e.offsetParent).map(e => [e.alt, e.src]);
-"""
-
-
 @in_browser
 def test_sliders_move_by_keyboard(browser, site):
     """On every page with widgets each handle answers to the arrow keys: another picture, another text; and back."""
@@ -336,8 +284,8 @@ def test_sliders_move_by_keyboard(browser, site):
     def changes(key: str, handle, before: list) -> list:
         """What is shown once the key has changed it."""
         handle.send_keys(key)
-        WebDriverWait(browser, 5, 0.05).until(lambda b: b.execute_script(SHOWN) != before, "the picture stays as it was")
-        return browser.execute_script(SHOWN)
+        WebDriverWait(browser, 5, 0.05).until(lambda b: ask(b, "shown") != before, "the picture stays as it was")
+        return ask(browser, "shown")
 
     for name in live:
         assert visit(browser, site[1], f"{name}.html") == []
@@ -345,9 +293,9 @@ def test_sliders_move_by_keyboard(browser, site):
         buttons = browser.find_elements(By.CSS_SELECTOR, "article .widget-toggle-buttons button:nth-of-type(2)")
         assert handles or buttons, f"{name}: widgets that no key moves"
         for number, handle in enumerate(handles + buttons, start=1):
-            before = browser.execute_script(SHOWN)
+            before = ask(browser, "shown")
             after = changes(Keys.ARROW_RIGHT if handle in handles else Keys.ENTER, handle, before)
-            moved = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-            assert all(old[0] != new[0] and old[1] != new[1] for old, new in moved), f"{name}: control {number}: text or picture"
+            for old, new in zip(before, after, strict=True):
+                assert old == new or (old[0] != new[0] and old[1] != new[1]), f"{name}: control {number} changes one of two"
             if handle in handles:
                 assert changes(Keys.ARROW_LEFT, handle, after) == before, f"{name}: control {number} does not come back"
