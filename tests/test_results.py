@@ -55,7 +55,7 @@ def test_record(name):
 
 
 def test_the_page_is_made_from_the_records():
-    assert PAGE.read_text(encoding="utf-8") == page(FOUND), "book/results.md is stale: run python tools/results_page.py"
+    assert PAGE.read_text(encoding="utf-8") == page(FOUND), "book/results.md is stale: run make pages"
     assert page(json.loads(json.dumps(FOUND))) == page(FOUND)
 
 

@@ -21,7 +21,7 @@ Every table on this page is made from a file that a command wrote; nothing was t
 the paper prints for it where it prints something, and why the two differ. Under *How this was made* are the command that
 repeats it, the commit, the seeds, the versions, the machine, and one SHA-256 for each data set and each network (its first
 digits; the record holds all). The data are public sets that are not part of this book: `odlkit data list` says where they
-come from. The page is written by `tools/results_page.py`.
+come from. `make pages` writes this page.
 """
 
 
