@@ -3,11 +3,15 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import execute as executor
 import nbformat
+import odlbook
 import pytest
 import stamps
+from docutils import nodes
+from docutils.utils import new_document
 from execute import BOOK, changed, execute, read
 from guards import CHECKED, same_cells, undescribed, unexecuted
 
@@ -176,3 +180,23 @@ def test_records_that_a_chapter_reads(tmp_path):
     record.write_text("{}")
     for code in ('Path("../results").glob("*.json")', 'open("../results/one.json")'):
         assert stamps.named_files(code, tmp_path / "part") == [record.resolve()]
+
+
+def test_badges_come_from_the_record(chapter):
+    """The row under the title says what was recorded, and a page without a record has none."""
+    run = {"cpu_seconds": 11.6, "cores": 2, "device": "CPU", "date": "2026-01-02", "version": "0.1", "certificates": [3, 3]}
+
+    def row(name: str, about: dict) -> list[str]:
+        tree, title = new_document("page"), nodes.title(text="Title")
+        tree += nodes.section("", title, nodes.paragraph(text="First."))
+        config = SimpleNamespace(odlbook_runs={"padnet/theorems": about})
+        odlbook._insert(SimpleNamespace(env=SimpleNamespace(docname=name), config=config), tree)
+        assert tree[0][0] is title
+        return [badge.astext() for badge in tree.findall(nodes.inline) if "odl-badge" in badge["classes"]]
+
+    first, *others = row("book/padnet/theorems", run)
+    assert first == "CPU time on 2 cores12 s"
+    assert others == ["deviceCPU", "certificates3/3", "last executed2026-01-02", "odlkit0.1"]
+    assert len(row("book/padnet/theorems", run | {"certificates": [0, 0]})) == 4
+    assert row("book/intro", run) == []
+    assert set(execute(chapter)) == {*run, "seconds"}  # what the executor records
