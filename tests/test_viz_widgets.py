@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from guards import undescribed
+from PIL import Image
 
 from odlkit import viz
 from odlkit.operators import Identity
