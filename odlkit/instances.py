@@ -83,7 +83,8 @@ def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
     with torch.random.fork_rng(devices=[]):  # building a module draws from the global generator
         torch.manual_seed(0)
         raw = ResidualNet([RBFUnit() if kind == "rbf" else ConvUnit(width=16)]).eval().requires_grad_(False)
-        trained = _at_any_level(weights.load(fits[0]), about[fits[0]]["schedule"]) if fits else None
+        plainest = min(fits, key=len, default=None)  # the one that was trained without a prior has no suffix
+        trained = _at_any_level(weights.load(plainest), about[plainest]["schedule"]) if plainest else None
 
     def play(net: Callable, factor: float = 1.0, wave: float = 0.0) -> Network:
         def network(v: Tensor, alpha: Any) -> Tensor:
