@@ -197,7 +197,10 @@ def short(value: Any) -> str:
         return results_page.cell(value)
     if isinstance(value, list):
         return " and ".join(map(short, value))
-    return f"{value:.3g}" if value == 0 or 0.01 <= abs(value) < 1e4 else f"{value:.1e}"
+    if value == 0 or 0.01 <= abs(value) < 1e4:
+        return f"{value:.3g}"
+    digits, power = f"{value:.1e}".split("e")
+    return f"${digits}\\cdot10^{{{int(power)}}}$"
 
 
 def percent(value: float | None) -> str:
