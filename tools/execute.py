@@ -150,7 +150,9 @@ def note(name: str, about: dict) -> None:
     runs = json.loads(RUNTIMES.read_text(encoding="utf-8")) if RUNTIMES.exists() else {}
     runs = {key: value for key, value in sorted((runs | {name: about}).items()) if key in known and isinstance(value, dict)}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in runs.items()]  # one line a chapter
-    RUNTIMES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
+    new = RUNTIMES.with_suffix(f".{os.getpid()}.tmp")  # another run may be reading
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
+    new.replace(RUNTIMES)
 
 
 def _plain(notebook):
