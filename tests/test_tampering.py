@@ -178,8 +178,10 @@ def test_records_that_a_chapter_reads(tmp_path):
     (tmp_path / "results").mkdir()
     record = tmp_path / "results" / "one.json"
     record.write_text("{}")
-    for code in ('Path("../results").glob("*.json")', 'open("../results/one.json")'):
+    (tmp_path / "results" / "two.json").write_text("{}")
+    for code in ('all_of("../results")["one"]', 'open("../results/one.json")'):
         assert stamps.named_files(code, tmp_path / "part") == [record.resolve()]
+    assert len(stamps.named_files('all_of("../results")', tmp_path / "part")) == 2
 
 
 def test_badges_come_from_the_record(chapter):

@@ -82,10 +82,15 @@ def modules(code: str) -> dict[str, Path]:
 
 
 def named_files(code: str, folder: Path) -> list[Path]:
-    """Records and data of the book that a chapter in this folder names in a string: ``../results``, ``../data/x.csv``."""
+    """Records and data of the book that a chapter in this folder names in a string: ``../data/x.csv``.
+
+    Of the records in a folder, ``../results``, those whose name is a string of the code too; all, where none is.
+    """
     strings = {n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     paths = [folder / text for text in strings if re.fullmatch(r"\.\./[\w./-]+", text)]
-    files = {file for path in paths for file in ([path] if path.is_file() else path.glob("*.json"))}
+    files = {path for path in paths if path.is_file()}
+    for inside in (list(path.glob("*.json")) for path in paths if path.is_dir()):
+        files |= {file for file in inside if file.stem in strings} or set(inside)
     return sorted(file.resolve() for file in files)
 
 
