@@ -1,6 +1,6 @@
 """How nbval compares a chapter: what a reader sees printed, not the sixteen digits that `glue` hands to the prose.
 
-Glued numbers are shown rounded, and their last digits differ from one processor to the next; assertions carry the tolerances.
+Glued numbers are shown rounded; their last digits differ from one processor to the next, and assertions carry tolerances.
 """
 
 GLUED = ("application/papermill.record/text/plain", "application/papermill.record/text/html")
