@@ -9,7 +9,7 @@ const checks = {
     if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
     const views = all(`script[type="${widgetView}"]`);
     const drawn = () => views.every((view) => view.parentElement.querySelector(".jupyter-widgets"));
-    for (let begun = Date.now(); !drawn() && Date.now() - begun < 10000; ) await new Promise((go) => setTimeout(go, 20));
+    for (let begun = Date.now(); !drawn() && Date.now() - begun < 60000; ) await new Promise((go) => setTimeout(go, 20));
     return drawn() ? [] : ["a widget is not drawn"];
   },
 
@@ -43,12 +43,13 @@ const checks = {
     ];
   },
 
-  // Serious and critical faults. Left out: MathJax's own drawing, thousands of elements that a reader is told in MathML; the
-  // theme's search button, which is called Search and shows its shortcut besides; the list of references, to which docutils
-  // gives roles of an older standard; the parts of signatures, hundreds in one colour.
+  // Serious and critical faults. Left out: MathJax's own drawing, which a reader is told in MathML; the theme's search button,
+  // which is called Search and shows its shortcut besides; the list of references, to which docutils gives roles of an older
+  // standard; the parts of signatures, all in one colour. They are taken away, last on each page: a scan of thousands of
+  // elements is slow.
   async scan(options) {
-    const exclude = ["mjx-container", ".search-button-field", ".citation-list", ".sig-param"].map((s) => [s]);
-    const found = await axe.run({ exclude }, { resultTypes: ["violations"], preload: false, ...options });
+    all("mjx-container, .search-button-field, .citation-list, .sig-param").forEach((e) => e.remove());
+    const found = await axe.run({ resultTypes: ["violations"], preload: false, ...options });
     const why = (node) => [...node.any, ...node.all].map((check) => check.message).join(" ").slice(0, 200);
     const where = (fault) => fault.nodes.slice(0, 4).map((n) => `${n.html.slice(0, 160)} (${why(n)})`).join(" | ");
     return found.violations.filter((fault) => ["serious", "critical"].includes(fault.impact))
