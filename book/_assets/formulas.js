@@ -7,6 +7,10 @@
       if (column) formula.classList.toggle("wide-formula", formula.getBoundingClientRect().width > column.clientWidth);
     }
   };
+  // What scrolls can be reached by keyboard.
+  window.addEventListener("load", () => {
+    for (const box of document.querySelectorAll(".pst-scrollable-table-container")) box.tabIndex = 0;
+  });
   window.addEventListener("load", () => window.MathJax && MathJax.startup.promise.then(fit));
   window.addEventListener("resize", fit);
 })();
