@@ -142,7 +142,7 @@ def propagate(
     """Run ``step`` from ``x0`` for at most ``steps`` iterations and record the trace.
 
     Stops early when ``||x^{k+1} - x^k|| <= tol ||x^k||`` on every item (PADNet, Algorithm 2, line 12).  ``measure`` adds
-    quantities of one's own to every row.  ``energy=False`` skips the energy, whose evaluation costs about one gradient;
+    quantities of one's own to every row.  ``energy=False`` skips the energy, whose evaluation costs about one iteration;
     ``every=n`` looks at, records and tests only each n-th iterate (and the last).
     Raises `PropagationError` when an iterate is not finite or its norm exceeds ``blow_up`` times that of ``x0``
     (or of the data scale 1, if larger); with ``raises=False`` the result's status says so instead.

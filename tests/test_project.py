@@ -128,3 +128,20 @@ def test_no_absolute_paths():
     found = [name for name, content in texts.items() if pattern.search(content)]
     assert found == []
     assert pattern.search("see /" + "home/me")
+
+
+def test_modules_load_when_they_are_named():
+    """``import odlkit as odl`` is enough to reach every module, and costs nothing before."""
+    code = """
+import sys, odlkit as odl
+assert "torch" not in sys.modules
+assert odl.operators.Blur
+for name in odl.MODULES:
+    assert getattr(odl, name).__name__ == f"odlkit.{name}"
+try:
+    odl.nonsense
+except AttributeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "nonsense" in run.stdout
