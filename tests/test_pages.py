@@ -280,8 +280,8 @@ def test_sliders_move_by_keyboard(browser, site):
     from selenium.webdriver.support.ui import WebDriverWait
 
     live = [name for name in PAGES if WIDGET_VIEW in (HTML / f"{name}.html").read_text(encoding="utf-8")]
-    if not live:
-        pytest.skip("no page has a slider")
+    assert len(live) >= 5, f"widgets on {live} only: the chapters lost theirs, or the build did"
+
     def changes(key: str, handle, before: list) -> list:
         """What is shown once the key has changed it."""
         handle.send_keys(key)
