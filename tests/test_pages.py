@@ -214,6 +214,7 @@ def test_page(browser, site, name):
 
 @in_browser
 def test_first_address_is_the_landing_page(browser, site):
+    assert '<link rel="icon" href="_static/' in (HTML / "index.html").read_text(encoding="utf-8"), "see tools/odlbook.py"
     assert visit(browser, site[1], "") == []
     assert browser.current_url == f"{site[1]}{toc['root']}.html"
 

@@ -1,4 +1,5 @@
-"""Sphinx extension of the book: under each chapter's title the badges of its recorded run, from ``book/runtimes.json``.
+"""Sphinx extension of the book: under each chapter's title the badges of its recorded run, from ``book/runtimes.json``; and
+the page at the first address, which leads to the landing page.
 
 Nothing here is typed into a chapter, and nothing is written into its notebook, which stays the same byte for byte.
 """
@@ -34,9 +35,29 @@ def _insert(app, doctree: nodes.document) -> None:
     title.parent.insert(title.parent.index(title) + 1, row)
 
 
+INDEX = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<link rel="icon" href="_static/{icon}">
+<meta http-equiv="refresh" content="0; url={page}">
+<p><a href="{page}">{title}</a></p>
+</html>
+"""
+
+
+def _first_address(app, exception: Exception | None) -> None:
+    """Write ``index.html`` with its icon named, or a browser asks the server's root for one and logs that it is missing."""
+    if exception is None and app.builder.format == "html":
+        page, icon = f"{app.config.master_doc}.html", Path(app.config.html_favicon).name
+        text = INDEX.format(title=app.config.html_title, icon=icon, page=page)
+        Path(app.outdir, "index.html").write_text(text, encoding="utf-8")
+
+
 def setup(app) -> dict[str, Any]:
     """Called by Sphinx."""
     runs = json.loads(RUNTIMES.read_text(encoding="utf-8")) if RUNTIMES.exists() else {}
     app.add_config_value("odlbook_runs", runs, "env")  # pages are read again when a run was recorded
     app.connect("doctree-read", _insert)
+    app.connect("build-finished", _first_address, priority=100)  # before the redirect that is made where there is no index
     return {"parallel_read_safe": True, "parallel_write_safe": True}
