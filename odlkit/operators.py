@@ -29,8 +29,8 @@ from odlkit.linear import (
 )
 
 __all__ = [
-    "Adapted", "Adjoint", "Blur", "BlockSampling", "BlurDecimate", "Compose", "Decimation", "Gradient", "Identity",
-    "LinearMap", "Mask", "NotConverged", "Operator", "Scaled", "Stack", "ValidBlur", "Wavelet", "as_operator",
+    "Adapted", "Adjoint", "Blur", "BlockSampling", "BlurDecimate", "Compose", "Decimation", "FilterBank", "Gradient",
+    "Identity", "LinearMap", "Mask", "NotConverged", "Operator", "Scaled", "Stack", "ValidBlur", "Wavelet", "as_operator",
     "conjugate_gradient", "largest_eigenvalue",
 ]  # fmt: skip
 
@@ -216,10 +216,20 @@ class BlurDecimate(Operator):
     def eigenvalue_range(self, x: Tensor) -> tuple[float, float]:
         return 0.0, self._small_gram(x).max().item()
 
-    def solve(self, rhs: Tensor, rho: Tensor | float) -> Tensor:
-        small = self.A(rhs)
-        inner = torch.fft.irfft2(torch.fft.rfft2(small) / (self._small_gram(rhs) + rho), s=small.shape[-2:])
-        return (rhs - self.A_adjoint(inner)) / rho
+    def solve(self, rhs: Tensor, rho: Tensor | float, gram: Tensor | None = None) -> Tensor:
+        """``(A^T A + rho W^T W)^-1 rhs``; ``gram`` is the spectrum of ``W^T W``, positive (default: W = I)."""
+        if gram is None:
+            small = self.A(rhs)
+            inner = torch.fft.irfft2(torch.fft.rfft2(small) / (self._small_gram(rhs) + rho), s=small.shape[-2:])
+            return (rhs - self.A_adjoint(inner)) / rho
+        # with C = rho W^T W: C^-1 rhs - C^-1 A^T (I + A C^-1 A^T)^-1 A C^-1 rhs, and A C^-1 A^T circulant on the small grid
+        s, size = self.decimation.factor, rhs.shape[-2:]
+        c = rho * gram
+        first = torch.fft.irfft2(torch.fft.rfft2(rhs) / c, s=size)
+        small, kernel = self.A(first), torch.fft.irfft2(self.blur.gram(rhs) / c, s=size)
+        aliases = torch.fft.rfft2(kernel[..., ::s, ::s]).real
+        inner = torch.fft.irfft2(torch.fft.rfft2(small) / (1 + aliases), s=small.shape[-2:])
+        return first - torch.fft.irfft2(torch.fft.rfft2(self.A_adjoint(inner)) / c, s=size)
 
 
 class Gradient(Operator):
@@ -246,6 +256,46 @@ class Gradient(Operator):
             return (half(height, height)[:, None] + half(width, width // 2 + 1)[None]).to(x.dtype)
 
         return self._cache(_key(x), make)
+
+
+class FilterBank(Operator):
+    """Circular convolutions with N small filters: ``(B, C, H, W) -> (B, N C, H, W)``, ``A^T A = sum_n F_n^T F_n``.
+
+    ``filters`` is ``(N, h, w)`` with odd sides and centres at ``(h // 2, w // 2)``; the first C channels belong to the first
+    filter.  ``gram`` comes from the autocorrelation of the whole bank, one transform whatever N is.  Raises ``ValueError``
+    for another shape and when the filters are larger than the image.
+    """
+
+    convolution = True
+
+    def __init__(self, filters: Tensor):
+        if filters.dim() != 3 or not (filters.shape[-2] % 2 and filters.shape[-1] % 2):
+            raise ValueError(f"filters: expected shape (N, h, w) with odd sides, got {tuple(filters.shape)}")
+        self.filters, self.widening = filters, len(filters)
+        self._cache = _Cache()
+
+    @property
+    def autocorrelation(self) -> Tensor:
+        """The kernel of ``A^T A``: ``(2 h - 1, 2 w - 1)``."""
+        h, w = self.filters.shape[-2:]
+        return nnf.conv2d(self.filters[None], self.filters[None], padding=(h - 1, w - 1))[0, 0]
+
+    def gram(self, x: Tensor) -> Tensor:
+        return self._cache(_key(x), lambda: Blur(self.autocorrelation).spectrum(x).real)
+
+    def A(self, x: Tensor) -> Tensor:
+        h, w = self.filters.shape[-2:]
+        if h > x.shape[-2] or w > x.shape[-1]:
+            raise ValueError(f"filters: {h}x{w} is larger than the image, {x.shape[-2]}x{x.shape[-1]}")
+        padded = nnf.pad(x, (w // 2, w // 2, h // 2, h // 2), mode="circular").flatten(0, 1)[:, None]
+        bank = self.filters.to(x).flip((-2, -1))[:, None]  # conv2d correlates
+        return nnf.conv2d(padded, bank).unflatten(0, x.shape[:2]).transpose(1, 2).flatten(1, 2)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        h, w = self.filters.shape[-2:]
+        parts = y.unflatten(1, (self.widening, -1)).transpose(1, 2)  # (B, C, N, H, W)
+        padded = nnf.pad(parts.flatten(0, 1), (w // 2, w // 2, h // 2, h // 2), mode="circular")
+        return nnf.conv2d(padded, self.filters.to(y)[None]).view(*parts.shape[:2], *y.shape[-2:])
 
 
 class Wavelet(Operator):

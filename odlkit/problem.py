@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odlkit.operators import LinearMap, Operator, as_operator, conjugate_gradient
+from odlkit.operators import BlurDecimate, LinearMap, Operator, as_operator, conjugate_gradient
 
 
 def sum_items(x: Tensor) -> Tensor:
@@ -81,7 +81,18 @@ class LeastSquares:
 
     def prox(self, z: Tensor, step: Tensor | float, through: Operator | None = None) -> Tensor:
         rho = 1.0 / (self.weight * step)
-        rhs = add_scaled(self.back, z if through is None else through.A_adjoint(z), rho)
+        return self._solve(add_scaled(self.back, z if through is None else through.A_adjoint(z), rho), rho, through)
+
+    def nearest(self, x: Tensor, penalty: Tensor | float, through: Operator | None = None) -> Tensor:
+        """``argmin_u f(u) + (penalty / 2) ||W (u - x)||^2``, W the operator ``through`` (default I).
+
+        ``(w A^T A + penalty W^T W) u = w A^T y + penalty W^T W x``.  Eq: PODM (3), with ``H = (penalty / 2) W^T W``.
+        """
+        rho = penalty / self.weight
+        return self._solve(add_scaled(self.back, x if through is None else through.normal(x), rho), rho, through)
+
+    def _solve(self, rhs: Tensor, rho: Tensor | float, through: Operator | None) -> Tensor:
+        """``(A^T A + rho W^T W)^-1 rhs``, in the Fourier domain where both spectra allow it."""
         made_for = (rho, through) if isinstance(rho, float) else None
         if made_for is not None and self._filter[0] == made_for:
             return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:], norm="forward")
@@ -92,10 +103,14 @@ class LeastSquares:
         if gram is None or other is None:
             if through is None:
                 return self.operator.solve(rhs, rho)
+            if other is not None and isinstance(self.operator, BlurDecimate):
+                return self.operator.solve(rhs, rho, other)
             return conjugate_gradient(lambda x: self.operator.normal(x) + rho * through.normal(x), rhs)
         # with the 1 / (H W) of the inverse transform, which saves a pass over the image
-        self._filter = (made_for, 1.0 / (rhs.shape[-2] * rhs.shape[-1]) / (gram + rho * other))
-        return torch.fft.irfft2(torch.fft.rfft2(rhs).mul_(self._filter[1]), s=rhs.shape[-2:], norm="forward")
+        scaled = 1.0 / (rhs.shape[-2] * rhs.shape[-1]) / (gram + rho * other)
+        if made_for is not None:
+            self._filter = (made_for, scaled)
+        return torch.fft.irfft2(torch.fft.rfft2(rhs) * scaled, s=rhs.shape[-2:], norm="forward")
 
     @cached_property
     def bounds(self) -> tuple[float, float]:

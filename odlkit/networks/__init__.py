@@ -1,7 +1,8 @@
 """Trainable architectures: plain ``nn.Module``s that know nothing of problems or controls."""
 
 from odlkit.networks.conv import ConvUnit, fold_batch_norm
+from odlkit.networks.metric import LearnedMetric, dct_atoms
 from odlkit.networks.rbf import RBFUnit
 from odlkit.networks.residual import ResidualNet, clip_to_ball
 
-__all__ = ["ConvUnit", "RBFUnit", "ResidualNet", "clip_to_ball", "fold_batch_norm"]
+__all__ = ["ConvUnit", "LearnedMetric", "RBFUnit", "ResidualNet", "clip_to_ball", "dct_atoms", "fold_batch_norm"]

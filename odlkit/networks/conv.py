@@ -1,4 +1,4 @@
-"""The image-domain unit of PADNet: seven convolutions with ReLU and batch normalization."""
+"""The convolution units on the image domain: PADNet's seven layers with ReLU and batch normalization, PODM's six with ELU."""
 
 from __future__ import annotations
 
@@ -14,25 +14,34 @@ class ConvUnit(nn.Module):
     """Estimate the noise in ``v`` in units of its standard deviation, ``G(v; W) ~ (v - x) / alpha``.
 
     Seven 3x3 convolutions, ReLU between them, batch normalization after the second to the sixth (PADNet,
-    "Explicit / Implicit PADNet on Image Domain").  With ``fold = 2`` the image is first rearranged into four half-size
+    "Explicit / Implicit PADNet on Image Domain"); with ``depth=6, activation="elu"`` the network A of relaxed PODM.  With ``fold = 2`` the image is first rearranged into four half-size
     channels, which doubles the receptive field and quarters the cost; the noise level enters as one constant channel.
 
     Shapes: ``v`` is ``(B, C, H, W)`` with values around [0, 1]; ``alpha`` is a float or a tensor that broadcasts to
     ``(B, 1, 1, 1)``; the result has the shape of ``v``.  Odd sizes are padded inside and cropped again.
     """
 
-    def __init__(self, channels: int = 1, width: int = 64, depth: int = 7, fold: int = 2, batch_norm: bool = False):
+    def __init__(
+        self,
+        channels: int = 1,
+        width: int = 64,
+        depth: int = 7,
+        fold: int = 2,
+        batch_norm: bool = False,
+        activation: str = "relu",
+    ):
         super().__init__()
         self.config: dict[str, Any] = {"channels": channels, "width": width, "depth": depth, "fold": fold}
-        self.config["batch_norm"] = batch_norm
+        self.config |= {"batch_norm": batch_norm, "activation": activation}
+        bend = {"relu": nn.ReLU, "elu": nn.ELU}[activation]
         inside = channels * fold**2
         self.fold = fold
-        layers: list[nn.Module] = [nn.Conv2d(inside + 1, width, 3, padding=1), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(inside + 1, width, 3, padding=1), bend()]
         for _ in range(depth - 2):
             layers.append(nn.Conv2d(width, width, 3, padding=1, bias=not batch_norm))
             if batch_norm:
                 layers.append(nn.BatchNorm2d(width))
-            layers.append(nn.ReLU())
+            layers.append(bend())
         layers.append(nn.Conv2d(width, inside, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 

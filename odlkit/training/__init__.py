@@ -1,7 +1,13 @@
 """Fitting: greedy, one unit at a time, and joint, through the iteration."""
 
 # Name of the weights -> where the function ``(out, resume)`` that makes them is; imported when asked for.
-RECIPES = {"padnet-image": "odlkit.training.padnet:joint", "padnet-gradient": "odlkit.training.padnet_gradient:gradient"}
+RECIPES = {
+    "padnet-image": "odlkit.training.padnet:joint",
+    "padnet-gradient": "odlkit.training.padnet_gradient:gradient",
+    "podm-denoiser": "odlkit.training.podm:denoiser",
+    "rpodm-deblur": "odlkit.training.podm:deblur",
+    "rpodm-sr": "odlkit.training.podm:super_resolution",
+}
 
 
 def recipe(name: str):

@@ -125,14 +125,18 @@ def commit() -> str:
         return "unknown"
 
 
-def save_weights(model: nn.Module, path: Path, card: dict) -> None:
-    """Write ``path`` (.safetensors) and beside it the JSON card, which gets the file's SHA-256 and parameter count."""
+def save_weights(model: nn.Module, path: Path, card: dict, dtype: torch.dtype | None = None) -> None:
+    """Write ``path`` (.safetensors) and beside it the JSON card, which gets the file's SHA-256 and parameter count.
+
+    ``dtype`` is that of the file (default: the model's own); half precision halves what is shipped.
+    """
     from safetensors.torch import save_file
 
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(path))
     card = card | {
+        "dtype": str(next(iter(tensors.values())).dtype),
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,0 +1,168 @@
+"""Recipes for PODM: its network trained greedily as a denoiser, and relaxed PODM end to end, for two tasks.
+
+Greedy, as section 4.1 has it, trains theta_A only; end to end, as section 4.2, theta_A and theta_H of all stages together.
+Data: train400 only, degraded at random; no benchmark image and no benchmark kernel is seen.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from odlkit import data
+from odlkit.metrics import psnr
+from odlkit.models.podm import Relaxed, RelaxedNet
+from odlkit.networks import ConvUnit, ResidualNet
+from odlkit.operators import Blur, BlurDecimate, Operator
+from odlkit.priors import Box
+from odlkit.problem import LeastSquares, Problem
+from odlkit.propagate import iterate
+from odlkit.tasks.sr import bicubic_kernel, interpolate
+from odlkit.training.kernels import random_kernel
+from odlkit.training.loop import fit, patches, save_weights
+from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
+
+STAGES, FIRST = 6, 0.2  # stages, and the level of the first
+LEVEL = 0.01  # sigma that super-resolution of noise-free data is told: the last level, and its trust in the data
+BOX = Box(0.0, 1.0)  # Omega with s = n: no photograph has black pixels to count on
+
+
+def _pictures() -> tuple[list[Tensor], list[Tensor]]:
+    pictures = data.images("train400")
+    return pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+
+
+def denoiser(out: Path, resume: bool = False, steps: int = 4000, width: int = 64) -> ResidualNet:
+    """Train A, six convolutions with ELU, to estimate noise of every level alpha in [0.003, 0.25]."""
+    torch.manual_seed(0)
+    (train, held), device = _pictures(), best_device()
+    net = ResidualNet([ConvUnit(width=width, depth=6, activation="elu")]).to(device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 16, 64, generator)
+        alpha = log_uniform(0.003, 0.25, len(x), generator)
+        noise = torch.randn(x.shape, generator=generator)
+        x, alpha, noise = x.to(device), alpha.to(device), noise.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            estimate = net.units[0](x + alpha * noise, alpha)
+        return (estimate.float() - noise).square().mean()
+
+    def validate() -> float:
+        with torch.no_grad():
+            noisy = [x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(held)]
+            return sum(psnr(net(y.to(device), 0.05).cpu(), x).item() for y, x in zip(noisy, held, strict=True)) / len(held)
+
+    record = fit(net, loss, steps=steps, lr=1e-3, out=out, name="podm-denoiser", resume=resume, validate=validate)
+    card = {
+        "name": "podm-denoiser",
+        "what": "PODM's network A, trained greedily as a denoiser for every noise level: six convolutions with ELU",
+        "recipe": "odlkit train podm-denoiser",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
+        "network": {"kind": "conv", "units": [net.units[0].config], "bound": None},
+        "schedule": {"first": 0.25, "last": 0.003},
+    }
+    save_weights(net, out / "podm-denoiser.safetensors", card | record, torch.float16)
+    return net
+
+
+def start(out: Path, resume: bool, stages: int, first: float, last: float | None, width: int) -> RelaxedNet:
+    """Relaxed PODM whose stages all begin as the greedily trained network."""
+    greedy = denoiser(out, resume=resume or (out / "podm-denoiser.pt").exists(), width=width)
+    torch.manual_seed(0)
+    net = RelaxedNet([greedy.units[0].config] * stages, first, last)
+    for network in net.networks:
+        network.load_state_dict(greedy.units[0].state_dict())
+    return net.to(best_device())
+
+
+def unroll(net: RelaxedNet, operator: Operator, y: Tensor, x0: Tensor, sigma: Tensor, scale: float = 1.0) -> list[Tensor]:
+    """``x^1 ... x^L`` of relaxed PODM on ``||A x - y||^2`` over the box, each ``(B, 1, H, W)``."""
+    problem = Problem(LeastSquares(operator, y, 2.0), BOX)
+    return [state.x for state, _ in islice(iterate(Relaxed(net, sigma, scale), problem, x0), len(net))]
+
+
+def _log_error(outputs: list[Tensor], x: Tensor) -> Tensor:
+    """Log mean squared error, mostly of the last stage."""
+    errors = [torch.log10((v.float() - x).square().mean((1, 2, 3)) + 1e-6).mean() for v in outputs]
+    return errors[-1] + 0.1 * torch.stack(errors[len(errors) // 2 : -1]).mean()
+
+
+def _finish(net: RelaxedNet, out: Path, record: dict, about: dict) -> None:
+    config = net.config
+    card = about | {
+        "recipe": f"odlkit train {about['name']}",
+        "network": {"kind": "relaxed", **config},
+        "schedule": {"first": config["first"], "last": config["last"], "depth": len(net)},
+    }
+    save_weights(net, out / f"{about['name']}.safetensors", card | record, torch.float16)
+
+
+def deblur(out: Path, resume: bool = False, steps: int = 10000, width: int = 64, stages: int = STAGES) -> None:
+    """RPODM for deblurring with a known kernel: random kernels, 0.3 to 3% noise."""
+    net, device = start(out, resume, stages, FIRST, None, width), best_device()
+    train, held = _pictures()
+
+    def restore(x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
+        blur = Blur(kernel)
+        y = blur.A(x)
+        y = y + sigma * torch.randn(y.shape, generator=generator).to(y)
+        return unroll(net, blur, y, y, sigma)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 4, 96, generator).to(device)
+        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
+        sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
+            outputs = restore(x, kernel, sigma, generator)
+        return _log_error(outputs, x)
+
+    def validate() -> float:
+        scores = []
+        with torch.no_grad():
+            for i, x in enumerate(held):
+                generator = torch.Generator().manual_seed(i)
+                kernel, sigma = random_kernel(generator)[None, None].to(device), torch.full((1, 1, 1, 1), 0.01, device=device)
+                scores.append(psnr(restore(x.to(device), kernel, sigma, generator)[-1].cpu(), x).item())
+        return sum(scores) / len(scores)
+
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="rpodm-deblur", resume=resume, validate=validate)
+    _finish(net, out, record, {
+        "name": "rpodm-deblur",
+        "what": f"relaxed PODM for deblurring: {stages} stages, each six convolutions with ELU, 25 learned filters and a perceptron",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
+    })  # fmt: skip
+
+
+def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width: int = 64, stages: int = STAGES - 1) -> None:
+    """RPODM for super-resolution by 2, 3 and 4, of bicubic and of plainly decimated images, without noise."""
+    net, device = start(out, resume, stages, 0.1, LEVEL, width), best_device()
+    train, held = _pictures()
+
+    def restore(x: Tensor, scale: int, bicubic: bool) -> list[Tensor]:
+        kernel = bicubic_kernel(scale).to(x) if bicubic else torch.ones(1, 1).to(x)
+        operator = BlurDecimate(kernel, scale)
+        y = operator.A(x)
+        return unroll(net, operator, y, interpolate(operator, y), torch.full((len(x), 1, 1, 1), LEVEL).to(x), scale)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 4, 96, generator).to(device)
+        scale = 2 + int(torch.randint(3, (), generator=generator))
+        bicubic = bool(torch.rand((), generator=generator) < 0.6)
+        with torch.autocast(device.type, torch.bfloat16):
+            outputs = restore(x, scale, bicubic)
+        return _log_error(outputs, x)
+
+    def validate() -> float:
+        with torch.no_grad():
+            cut = [x[..., :168, :168].to(device) for x in held]
+            return sum(psnr(restore(x, s, True)[-1], x).item() for x in cut for s in (2, 3, 4)) / (3 * len(cut))
+
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="rpodm-sr", resume=resume, validate=validate)
+    _finish(net, out, record, {
+        "name": "rpodm-sr",
+        "what": f"relaxed PODM for super-resolution by 2, 3 and 4: {stages} stages, bicubic or plain decimation, no noise",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
+    })  # fmt: skip
