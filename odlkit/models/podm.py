@@ -198,9 +198,10 @@ class Relaxed:
         network, metric = self.net.networks[stage], self.net.metrics[stage]
         alpha = torch.as_tensor(state.aux["alpha"](stage)[1], dtype=x.dtype, device=x.device).expand(len(x), 1, 1, 1)
         gamma = self.net.log_steps[stage].exp()
-        x_a = x - alpha * network(x, alpha)
-        mu = metric.penalty(sigma, alpha, self.scale)  # type: ignore[operator]
-        x_f = problem.fidelity.nearest(x_a, mu, FilterBank(metric.filters().to(x)))  # type: ignore[attr-defined,operator]
-        slope = problem.fidelity.grad(x_f) + mu * (x_f - x)
-        x_g = problem.prox_prior(x_f - gamma * slope, gamma)
+        x_a = (x - alpha * network(x, alpha)).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # mixed precision is for the network: H must stay definite
+            mu = metric.penalty(sigma, alpha, self.scale)  # type: ignore[operator]
+            x_f = problem.fidelity.nearest(x_a, mu, FilterBank(metric.filters().to(x)))  # type: ignore[attr-defined,operator]
+            slope = problem.fidelity.grad(x_f) + mu * (x_f - x)
+            x_g = problem.prox_prior(x_f - gamma * slope, gamma)
         return state.next(x_g), {"penalty": mu.detach().flatten(), "level": alpha.flatten()}

@@ -145,7 +145,9 @@ def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width:
         kernel = bicubic_kernel(scale).to(x) if bicubic else torch.ones(1, 1).to(x)
         operator = BlurDecimate(kernel, scale)
         y = operator.A(x)
-        return unroll(net, operator, y, interpolate(operator, y), torch.full((len(x), 1, 1, 1), LEVEL).to(x), scale)
+        with torch.autocast(device.type, enabled=False):
+            x0 = interpolate(operator, y)
+        return unroll(net, operator, y, x0, torch.full((len(x), 1, 1, 1), LEVEL).to(x), scale)
 
     def loss(generator: torch.Generator) -> Tensor:
         x = patches(train, 4, 96, generator).to(device)
