@@ -32,8 +32,9 @@ def load(name: str) -> nn.Module:
 
     ``card["network"]`` is ``{"kind": "conv" | "rbf", "units": [config, ...], "bound": float | None}``, the arguments of a
     `ResidualNet`; where ``card["schedule"]`` has ``stages``, ``units`` is one such list for each iteration and the result is
-    `odlkit.models.padnet_gradient.Stages`.  Raises ``ValueError`` for unknown names and for a file whose SHA-256 is not
-    the card's.
+    `odlkit.models.padnet_gradient.Stages`.  With ``{"kind": "relaxed", "units", "first", "last", "size"}`` the result is the
+    `odlkit.models.podm.RelaxedNet` of these arguments, which `odlkit.models.podm.Relaxed` runs.  Raises ``ValueError`` for
+    unknown names and for a file whose SHA-256 is not the card's.
     """
     from safetensors.torch import load as parse
 
@@ -49,6 +50,10 @@ def load(name: str) -> nn.Module:
         from odlkit.models.padnet_gradient import Stages
 
         model: nn.Module = Stages(network["units"], network["bound"])
+    elif network["kind"] == "relaxed":
+        from odlkit.models.podm import RelaxedNet
+
+        model = RelaxedNet(**{key: value for key, value in network.items() if key != "kind"})
     else:
         unit = UNITS[network["kind"]]
         model = ResidualNet([unit(**config) for config in network["units"]], bound=network["bound"])
