@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 MODULES = (
     "bench", "certify", "check", "control", "data", "instances", "linear", "metrics", "models", "networks", "operators",
-    "priors", "problem", "propagate", "solvers", "tasks", "training", "viz", "weights",
+    "priors", "problem", "propagate", "propositions", "solvers", "tasks", "training", "viz", "weights",
 )  # fmt: skip
 
 

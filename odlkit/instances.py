@@ -53,11 +53,6 @@ def gradient_problem(name: str, size: int, p: float, kernel: Tensor) -> tuple[Pr
     return Problem(LeastSquares(blur, data), Lp(p, WEIGHT[p])), data
 
 
-def _first_unit(card: dict) -> dict:
-    unit = card["network"]["units"][0]
-    return unit[0] if isinstance(unit, list) else unit
-
-
 def _at_any_level(model: Any, schedule: dict) -> Callable[[Tensor, Any], Tensor]:
     """Networks that were trained one for each iteration, as one network: the stage whose alpha is nearest."""
     if "stages" not in schedule:
@@ -70,21 +65,22 @@ def _at_any_level(model: Any, schedule: dict) -> Callable[[Tensor, Any], Tensor]
     return network
 
 
-def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
-    """A trained (if one of this kind is installed), an untrained and an adversarial network, for ``kind`` rbf or conv.
+TRAINED = {"rbf": "padnet-gradient", "conv": "padnet-image"}  # trained without the priors of the certificates
 
-    The network computes in float32; the move it proposes is a float64 tensor like any other, and with ``bound`` it is
-    clipped in float64 to ``||N(v) - v|| <= bound alpha``.  The adversary moves eight times the opposite way and
-    oscillates: ``v - 8 (N(v) - v) + 0.3 alpha sin(40 v)``.
+
+def networks(kind: str, bound: float | None = None, trained: str | None = None) -> dict[str, Network]:
+    """A trained (if installed), an untrained and an adversarial network, for ``kind`` rbf or conv.
+
+    ``trained`` names the weights, `TRAINED` by default.  The network computes in float32; the move it proposes is a float64
+    tensor like any other, and with ``bound`` it is clipped in float64 to ``||N(v) - v|| <= bound alpha``.  The adversary
+    moves eight times the opposite way and oscillates: ``v - 8 (N(v) - v) + 0.3 alpha sin(40 v)``.
     """
-    channels = 2 if kind == "rbf" else 1
-    about = {name: card for name, card in weights.cards().items() if card["network"]["kind"] == kind}
-    fits = [name for name, card in about.items() if _first_unit(card).get("channels", channels) == channels]
+    trained = trained or TRAINED[kind]
+    card = weights.cards().get(trained)
     with torch.random.fork_rng(devices=[]):  # building a module draws from the global generator
         torch.manual_seed(0)
         raw = ResidualNet([RBFUnit() if kind == "rbf" else ConvUnit(width=16)]).eval().requires_grad_(False)
-        plainest = min(fits, key=len, default=None)  # the one that was trained without a prior has no suffix
-        trained = _at_any_level(weights.load(plainest), about[plainest]["schedule"]) if plainest else None
+        net = _at_any_level(weights.load(trained), card["schedule"]) if card else None
 
     def play(net: Callable, factor: float = 1.0, wave: float = 0.0) -> Network:
         def network(v: Tensor, alpha: Any) -> Tensor:
@@ -94,7 +90,7 @@ def networks(kind: str, bound: float | None = None) -> dict[str, Network]:
 
         return network
 
-    known = {"trained": play(trained)} if trained is not None else {}
+    known = {"trained": play(net)} if net is not None else {}
     return known | {"untrained": play(raw), "adversary": play(raw, -8.0, 0.3)}
 
 

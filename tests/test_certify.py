@@ -12,6 +12,7 @@ from odlkit.models.padnet import Constants, Explicit, Schedule
 from odlkit.networks import ConvUnit, ResidualNet
 from odlkit.problem import Problem, norm_items
 from odlkit.propagate import Status, Trace, propagate
+from odlkit.propositions import padnet
 
 SIZE = 64
 
@@ -108,7 +109,7 @@ def test_theorem_2_holds_for_every_network(report):
 
 def test_errata_printed_constants_of_eq_33_and_eq_34_are_too_small():
     """Eq: PADNet (33), (34)."""
-    checks = certify.printed_constants(SIZE)
+    checks = padnet.printed_constants(SIZE)
     for printed, corrected in checks.values():
         assert not printed.holds and corrected.holds
     assert 1 - checks["33"][0].margin == pytest.approx(1.5, abs=1e-6)  # (1 + sqrt(4)) / 2
@@ -155,7 +156,7 @@ def test_the_repaired_constants_cure_the_two_cycle():
     problem, step = instances.two_cycle(a, 0.008)
     constants = Constants.for_lipschitz(problem.lipschitz)
     result = propagate(instances.OnIterate(step.networks, constants), problem, 0.8 * a, steps=200, tol=1e-12)
-    assert result.status is Status.CONVERGED and all(c.holds for c in certify.theorem_1_checks(result.trace, constants))
+    assert result.status is Status.CONVERGED and all(c.holds for c in padnet.theorem_1_checks(result.trace, constants))
     assert certify.critical(problem, result, constants.step_size).holds
     assert result.trace["energy"][-1] < result.trace.start["energy"]
 
@@ -219,12 +220,12 @@ def test_not_finite_counts_as_violated(explicit):
 def test_bounded_moves_catch_one_row(implicit, name, index):
     """Eq: PADNet (31), (32), (33), (34)."""
     trace, schedule = implicit.trace, instances.IMPLICIT
-    before = certify.bounded_moves(trace, instances.BOUND, schedule)
+    before = padnet.bounded_moves(trace, instances.BOUND, schedule)
     assert all(check.holds for check in before)
     room = 1 - before[index].margin  # left / right at the worst row
     row = before[index].worst + (index == 3)
     factor = 1.001 / room if index < 4 else 100
-    broken = certify.bounded_moves(tampered(trace, row, **{name: factor * trace[name][row, 0]}), instances.BOUND, schedule)
+    broken = padnet.bounded_moves(tampered(trace, row, **{name: factor * trace[name][row, 0]}), instances.BOUND, schedule)
     assert not broken[index].holds
 
 
@@ -237,7 +238,7 @@ def test_the_recorded_fidelity_gradient_is_the_gradient(implicit):
 def test_an_unbounded_network_breaks_condition_2():
     """Eq: PADNet Condition 2."""
     result = instances.implicit_run("camera", SIZE, instances.networks("conv")["adversary"], steps=4)
-    loose = certify.bounded_moves(result.trace, 1e-3, instances.IMPLICIT)
+    loose = padnet.bounded_moves(result.trace, 1e-3, instances.IMPLICIT)
     assert not loose[0].holds and not loose[2].holds
 
 

@@ -7,10 +7,7 @@ the data inside stay as they were.  What a certificate says, it says about the p
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +15,17 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from odlkit import weights
-from odlkit.certify import bounded_moves, descent, error_condition
+from odlkit.certify import descent, error_condition
 from odlkit.linear import conjugate_gradient
 from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
 from odlkit.operators import Blur, Gradient, Wavelet
 from odlkit.priors import Analysis, GroupLp, Lp
 from odlkit.problem import LeastSquares, LinkedGradient, Problem, norm_items
 from odlkit.propagate import Result, propagate
+from odlkit.propositions.padnet import bounded_moves
 from odlkit.solvers import ADMM, FISTA
+from odlkit.tasks.deblur_podm import podm, rpodm
+from odlkit.tasks.report import Model, Outcome, good_size, summary, unit_kernel, versions
 
 # Settings, chosen on BSD68 with random kernels.  The classical energies are (1/2)||A x - y||^2 + lambda R with
 # lambda = factor * sigma^2, as maximum a posteriori estimation has it: a prior that is fixed, noise of variance sigma^2.
@@ -39,15 +39,6 @@ EPADNET_BETA, EPADNET_FACTOR = 0.05, 4.5  # by ADMM's result, so that no compari
 EPADNET_MOREAU, EPADNET_STEP, EPADNET_TOLERANCE = 3.0, 1 / 3.5, 1.1  # mu / L, tau L, C_E / L: kappa = 0.15 L
 EPADNET_HALVINGS, EPADNET_STOP, EPADNET_STEPS = 4, 0.02, 30
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
-
-
-@dataclass
-class Outcome:
-    """What a model hands back: the restored grid, its propagation, and the words and numbers of its guarantee."""
-
-    x: Tensor
-    result: Result
-    certificate: dict[str, Any]
 
 
 def deblur(
@@ -82,7 +73,7 @@ def deblur(
     else:
         x, outcomes = _tiled(channels, kernel, used, run, boundary, steps, progress, tile)
     x = x.reshape(y.shape)
-    report = _report(outcomes) | {
+    report = summary(outcomes) | {
         "task": "deblur",
         "model": model,
         "seconds": round(time.monotonic() - clock, 3),
@@ -112,19 +103,8 @@ def check(y: Tensor, kernel: Tensor, sigma: Any, model: str, boundary: str, tile
         raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
     if tile is not None and (tile < 16 or boundary == "circular"):
         raise ValueError(f"tile: expected at least 16 pixels and boundary unknown, got {tile} and {boundary}")
-    if kernel.dim() != 2 or kernel.numel() == 0:
-        raise ValueError(f"kernel: expected a two-dimensional array of real numbers, got shape {tuple(kernel.shape)}")
-    kernel = kernel.detach().to(y.device, torch.float64)
-    if not bool(torch.isfinite(kernel).all()):
-        raise ValueError("kernel: expected finite numbers, got NaN or infinity")
-    if kernel.shape[0] > y.shape[-2] or kernel.shape[1] > y.shape[-1]:
-        sizes = f"{kernel.shape[0]}x{kernel.shape[1]} against {y.shape[-2]}x{y.shape[-1]}"
-        raise ValueError(f"kernel: expected one no larger than the image, got {sizes}")
-    total = kernel.sum().item()
-    if not total > 1e-9 * kernel.abs().sum().item():
-        raise ValueError(f"kernel: expected numbers with a positive sum, got a sum of {total:.3g}")
-    notes = [] if abs(total - 1) < 1e-3 else [f"kernel: its sum was {total:.6g}, normalised to 1"]
-    return (kernel / total).to(y.dtype), notes
+    kernel, notes = unit_kernel(kernel.to(y.device), (y.shape[-2], y.shape[-1]), "the image")
+    return kernel.to(y.dtype), notes
 
 
 def estimate_noise(y: Tensor) -> float:
@@ -136,21 +116,6 @@ def estimate_noise(y: Tensor) -> float:
 
 
 # The boundary.
-
-
-def good_size(n: int, block: int = 8) -> int:
-    """The least multiple of ``block`` from ``n`` on with no prime factor above 5: fast transforms, whole wavelet levels."""
-
-    def smooth(m: int) -> bool:
-        for p in (2, 3, 5):
-            while m % p == 0:
-                m //= p
-        return m == 1
-
-    n = -(-n // block) * block
-    while not smooth(n):
-        n += block
-    return n
 
 
 def extend(y: Tensor, kernel: Tensor, fill: float = FILL) -> tuple[Tensor, tuple[slice, slice]]:
@@ -320,45 +285,12 @@ def _fista(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: boo
     return Outcome(result.x, result, words | {"L": problem.lipschitz, "residual": problem.residual(result.x).max().item()})
 
 
-@dataclass(frozen=True)
-class Model:
-    """One way to restore: ``run(z, blur, sigma, steps, progress)`` on a periodic grid, and what it is."""
-
-    run: Callable[[Tensor, Blur, float, int | None, bool], Outcome]
-    what: str
-
-
-MODELS = {
+MODELS = {  # each run as run(z, blur, sigma, steps, progress)
     "ipadnet": Model(_ipadnet, "implicit PADNet on the image domain, the prior in the network; stops by Theorem 2"),
     "epadnet": Model(_epadnet, "explicit PADNet on the gradient domain, l0.8 energy, error-corrected; descent by Theorem 1"),
+    "rpodm": Model(rpodm, "relaxed PODM, networks and metrics trained end to end, nothing checked"),
+    "podm": Model(podm, "PODM on an l0.8 energy of Haar coefficients, error-corrected; descent by Proposition 1"),
     "tv": Model(_tv, "isotropic total variation by ADMM"),
     "l08": Model(_l08, "l0.8 on the gradient by ADMM"),
     "fista-wavelet": Model(_fista, "l1 on orthonormal wavelet coefficients by FISTA"),
 }
-
-
-# The report.
-
-
-def _report(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Status, iterations, energies, certificate and decisions; of several tiles the sums, and the weakest guarantee."""
-    worst = max(outcomes, key=lambda o: (o.certificate["holds"] is not True, o.result.residual))
-    traces = [o.result.trace for o in outcomes]
-    decided = torch.cat([t["accepted"].flatten() for t in traces if "accepted" in t] or [torch.empty(0)])
-    energies = traces[0].with_start("energy").sum(1).tolist() if len(traces) == 1 and "energy" in traces[0] else []
-    return {
-        "status": worst.result.status.value,
-        "relative_change": worst.result.residual,
-        "iterations": max(o.result.iterations for o in outcomes),
-        "energies": energies,  # of all channels together; none for a model without an energy, nor for tiles
-        "certificate": dict(worst.certificate) | ({"tiles": len(outcomes)} if len(outcomes) > 1 else {}),
-        "accepted": int(decided.sum()) if len(decided) else None,
-        "rejected": int((1 - decided).sum()) if len(decided) else None,
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    from odlkit import __version__
-
-    return {"odlkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
