@@ -1,0 +1,89 @@
+"""What every task needs: grids of a good size, what a model hands back, and the report of a run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odlkit.propagate import Result
+
+
+@dataclass
+class Outcome:
+    """What a model hands back: the restored grid, its propagation, and the words and numbers of its guarantee."""
+
+    x: Tensor
+    result: Result
+    certificate: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One way to restore: what its task calls, which returns an `Outcome` on the task's grid, and what it is."""
+
+    run: Callable[..., Outcome]
+    what: str
+
+
+def unit_kernel(kernel: Tensor, limit: tuple[int, int], than: str) -> tuple[Tensor, list[str]]:
+    """``kernel`` ``(h, w)`` scaled to sum 1 in float64, and notes.  Raises ``ValueError`` unless it can be a blur kernel.
+
+    ``limit`` is the largest size, that of ``than`` ("the image", say).
+    """
+    if kernel.dim() != 2 or kernel.numel() == 0:
+        raise ValueError(f"kernel: expected a two-dimensional array of real numbers, got shape {tuple(kernel.shape)}")
+    kernel = kernel.detach().to(torch.float64)
+    if not bool(torch.isfinite(kernel).all()):
+        raise ValueError("kernel: expected finite numbers, got NaN or infinity")
+    if kernel.shape[0] > limit[0] or kernel.shape[1] > limit[1]:
+        sizes = f"{kernel.shape[0]}x{kernel.shape[1]} against {limit[0]}x{limit[1]}"
+        raise ValueError(f"kernel: expected one no larger than {than}, got {sizes}")
+    total = kernel.sum().item()
+    if not total > 1e-9 * kernel.abs().sum().item():
+        raise ValueError(f"kernel: expected numbers with a positive sum, got a sum of {total:.3g}")
+    return kernel / total, [] if abs(total - 1) < 1e-3 else [f"kernel: its sum was {total:.6g}, normalised to 1"]
+
+
+def good_size(n: int, block: int = 8) -> int:
+    """The least multiple of ``block`` from ``n`` on with no prime factor above 5: fast transforms, whole wavelet levels."""
+
+    def smooth(m: int) -> bool:
+        for p in (2, 3, 5):
+            while m % p == 0:
+                m //= p
+        return m == 1
+
+    n = -(-n // block) * block
+    while not smooth(n):
+        n += block
+    return n
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Status, iterations, energies, certificate and decisions; of several tiles the sums, and the weakest guarantee."""
+    worst = max(outcomes, key=lambda o: (o.certificate["holds"] is not True, o.result.residual))
+    traces = [o.result.trace for o in outcomes]
+    decided = torch.cat([t["accepted"].flatten() for t in traces if "accepted" in t] or [torch.empty(0)])
+    decided = decided[~decided.isnan()]  # steps without a decision, such as a start
+    energies = traces[0].with_start("energy").sum(1).tolist() if len(traces) == 1 and "energy" in traces[0] else []
+    return {
+        "status": worst.result.status.value,
+        "relative_change": worst.result.residual,
+        "iterations": max(o.result.iterations for o in outcomes),
+        "energies": energies,  # of all channels together; none for a model without an energy, nor for tiles
+        "certificate": dict(worst.certificate) | ({"tiles": len(outcomes)} if len(outcomes) > 1 else {}),
+        "accepted": int(decided.sum()) if len(decided) else None,
+        "rejected": int((1 - decided).sum()) if len(decided) else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from odlkit import __version__
+
+    return {"odlkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
