@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from odlkit.networks import ConvUnit, RBFUnit, ResidualNet
+from odlkit.networks import Classifier, ConvUnit, RBFUnit, ResidualNet
 
 FOLDER = Path(__file__).with_name("weights")
 UNITS = {"conv": ConvUnit, "rbf": RBFUnit}
@@ -54,6 +54,12 @@ def load(name: str) -> nn.Module:
         from odlkit.models.podm import RelaxedNet
 
         model = RelaxedNet(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "cascade":
+        from odlkit.models.gdc_joint import CascadeNet
+
+        model = CascadeNet(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "classifier":
+        model = Classifier(network["widths"])
     else:
         unit = UNITS[network["kind"]]
         model = ResidualNet([unit(**config) for config in network["units"]], bound=network["bound"])

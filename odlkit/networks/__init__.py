@@ -1,8 +1,10 @@
 """Trainable architectures: plain ``nn.Module``s that know nothing of problems or controls."""
 
+from odlkit.networks.classifier import Classifier
 from odlkit.networks.conv import ConvUnit, fold_batch_norm
 from odlkit.networks.metric import LearnedMetric, dct_atoms
 from odlkit.networks.rbf import RBFUnit
 from odlkit.networks.residual import ResidualNet, clip_to_ball
 
-__all__ = ["ConvUnit", "LearnedMetric", "RBFUnit", "ResidualNet", "clip_to_ball", "dct_atoms", "fold_batch_norm"]
+__all__ = ["Classifier", "ConvUnit", "LearnedMetric", "RBFUnit", "ResidualNet"]
+__all__ += ["clip_to_ball", "dct_atoms", "fold_batch_norm"]

@@ -7,6 +7,13 @@ RECIPES = {
     "podm-denoiser": "odlkit.training.podm:denoiser",
     "rpodm-deblur": "odlkit.training.podm:deblur",
     "rpodm-sr": "odlkit.training.podm:super_resolution",
+    "gdc-generator": "odlkit.training.gdc:generator_network",
+    "gdc-classifier": "odlkit.training.gdc:classifier_network",
+    "gdc-deblur-gm": "odlkit.training.gdc:deblur_gm",
+    "gdc-deblur-gd": "odlkit.training.gdc:deblur_gd",
+    "gdc-deblur-gc": "odlkit.training.gdc:deblur_gc",
+    "gdc-deblur-gdc": "odlkit.training.gdc:deblur_gdc",
+    "gdc-inpaint": "odlkit.training.gdc:inpaint",
 }
 
 

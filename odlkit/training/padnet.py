@@ -22,7 +22,7 @@ from odlkit.operators import Blur
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.training.kernels import random_kernel
-from odlkit.training.loop import fit, patches, save_weights
+from odlkit.training.loop import fit, log_error, patches, save_weights
 
 DEPTH, FIRST, BOUND = 8, 0.2, 3.0  # iterations trained through, alpha_0, and Condition 2's constant per pixel
 HELD_OUT = 12  # the last images of train400, for validation only
@@ -93,9 +93,7 @@ def joint(out: Path, resume: bool = False, steps: int = 5000, width: int = 64) -
         sigma = log_uniform(0.003, 0.03, len(x), generator)
         with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
             outputs = unroll(net, x, kernel, sigma, generator)
-        errors = [torch.log10((v.float() - x).square().mean((1, 2, 3)) + 1e-6).mean() for v in outputs]
-        early = errors[DEPTH // 2 : -1]
-        return errors[-1] + 0.1 * torch.stack(early).mean()
+        return log_error(outputs, x)
 
     def validate() -> float:
         scores = []

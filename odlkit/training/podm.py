@@ -22,7 +22,7 @@ from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.tasks.sr import bicubic_kernel, interpolate
 from odlkit.training.kernels import random_kernel
-from odlkit.training.loop import fit, patches, save_weights
+from odlkit.training.loop import fit, log_error, patches, save_weights
 from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
 
 STAGES, FIRST = 6, 0.2  # stages, and the level of the first
@@ -84,12 +84,6 @@ def unroll(net: RelaxedNet, operator: Operator, y: Tensor, x0: Tensor, sigma: Te
     return [state.x for state, _ in islice(iterate(Relaxed(net, sigma, scale), problem, x0), len(net))]
 
 
-def _log_error(outputs: list[Tensor], x: Tensor) -> Tensor:
-    """Log mean squared error, mostly of the last stage."""
-    errors = [torch.log10((v.float() - x).square().mean((1, 2, 3)) + 1e-6).mean() for v in outputs]
-    return errors[-1] + 0.1 * torch.stack(errors[len(errors) // 2 : -1]).mean()
-
-
 def _finish(net: RelaxedNet, out: Path, record: dict, about: dict) -> None:
     config = net.config
     card = about | {
@@ -117,14 +111,17 @@ def deblur(out: Path, resume: bool = False, steps: int = 10000, width: int = 64,
         sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
             outputs = restore(x, kernel, sigma, generator)
-        return _log_error(outputs, x)
+        return log_error(outputs, x)
 
     def validate() -> float:
         scores = []
         with torch.no_grad():
             for i, x in enumerate(held):
                 generator = torch.Generator().manual_seed(i)
-                kernel, sigma = random_kernel(generator)[None, None].to(device), torch.full((1, 1, 1, 1), 0.01, device=device)
+                kernel, sigma = (
+                    random_kernel(generator)[None, None].to(device),
+                    torch.full((1, 1, 1, 1), 0.01, device=device),
+                )
                 scores.append(psnr(restore(x.to(device), kernel, sigma, generator)[-1].cpu(), x).item())
         return sum(scores) / len(scores)
 
@@ -155,7 +152,7 @@ def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width:
         bicubic = bool(torch.rand((), generator=generator) < 0.6)
         with torch.autocast(device.type, torch.bfloat16):
             outputs = restore(x, scale, bicubic)
-        return _log_error(outputs, x)
+        return log_error(outputs, x)
 
     def validate() -> float:
         with torch.no_grad():

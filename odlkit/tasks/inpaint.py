@@ -1,0 +1,167 @@
+"""Interpolation: a picture of which only some pixels are known, without noise, as under text or a dead sensor.
+
+Known pixels come back as they are.  The grid is the picture, padded by unknown pixels to sides that the wavelets divide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from odlkit import weights
+from odlkit.models.gdc import Cascade
+from odlkit.operators import Gradient, Mask, Wavelet
+from odlkit.priors import Analysis, GroupLp, Lp
+from odlkit.problem import LeastSquares, Problem
+from odlkit.propagate import Result, State, Status, Trace, propagate
+from odlkit.solvers import ADMM, FISTA
+from odlkit.tasks.report import Outcome, good_size, summary, versions
+
+LEVEL = 0.005  # sigma that the network is told for data without noise: the last level, and its trust in the data
+HAAR = 3  # levels of the wavelet baseline
+HAAR_WEIGHT, HAAR_STEPS = 0.002, 200  # lambda of (1/2) ||M u - y||^2 + lambda ||B^T u||_0.8^0.8 with 0.8 as in Table I
+TV_WEIGHT, TV_PENALTY, TV_STEPS = 0.002, 0.02, 60
+TOLERANCE = 1e-4  # relative change at which the classical solvers stop
+
+
+def inpaint(
+    y: Tensor, mask: Tensor, model: str = "gdc", *, steps: int | None = None, progress: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """Restore ``y = M x``: the image, of the shape of ``y`` and equal to it where it is known, and a report of the run.
+
+    ``y`` is ``(B, C, H, W)`` in [0, 1]; what it holds at unknown pixels is not used.  ``mask`` is ``(H, W)``,
+    ``(1, 1, H, W)`` or ``(B, 1, H, W)``, above 0.5 = known, the same for all channels.  ``model`` is one of `MODELS`.
+    Raises ``ValueError`` for bad arguments and `PropagationError` when a run diverges.
+    """
+    clock = time.monotonic()
+    mask = check(y, mask, model)
+    height, width = y.shape[-2:]
+    pad = (0, good_size(width) - width, 0, good_size(height) - height)
+    start = nnf.pad(fill(y, mask), pad, mode="replicate")
+    known = nnf.pad(mask, pad)
+    outcome = MODELS[model].run(known * start, known, start, steps, progress)
+    x = torch.where(mask > 0, y, outcome.x[..., :height, :width])
+    report = summary([outcome]) | {
+        "task": "inpaint",
+        "model": model,
+        "seconds": round(time.monotonic() - clock, 3),
+        "device": str(y.device),
+        "input": {"shape": list(y.shape), "known": round(mask.mean().item(), 4)},
+        "output": {"shape": list(x.shape)},
+        "settings": {},
+        "notes": [],
+        "versions": versions(),
+    }
+    return x, report
+
+
+def check(y: Tensor, mask: Tensor, model: str) -> Tensor:
+    """The mask as ``(B, 1, H, W)`` zeros and ones like ``y``.  Raises ``ValueError`` naming the first bad argument."""
+    if model not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if y.dim() != 4 or not y.is_floating_point():
+        raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
+    full = mask[None, None] if mask.dim() == 2 else mask
+    if full.dim() != 4 or full.shape[0] not in (1, len(y)) or full.shape[1] != 1 or full.shape[-2:] != y.shape[-2:]:
+        raise ValueError(f"mask: expected one value for each pixel of {tuple(y.shape)}, got shape {tuple(mask.shape)}")
+    known = (full > 0.5).to(y).expand(len(y), 1, *y.shape[-2:])
+    if not bool(known.flatten(1).any(1).all()):
+        raise ValueError("mask: expected known pixels (above 0.5, white), got none")
+    if not bool(torch.isfinite(torch.where(known > 0, y, 0)).all()):
+        raise ValueError("input: expected finite numbers where the mask says known, got NaN or infinity")
+    return known
+
+
+def fill(y: Tensor, mask: Tensor) -> Tensor:
+    """Known pixels as they are, unknown ones from the means of known pixels in ever larger squares (pull and push).
+
+    ``y`` is ``(B, C, H, W)``, ``mask`` ``(B or 1, 1, H, W)`` with 1 = known, at least one pixel known.  The smallest square
+    with a known pixel counts, and what comes from a coarser grid is interpolated bilinearly.
+    """
+    height, width = y.shape[-2:]
+    mask = mask.to(y).expand(len(y), 1, height, width)
+    if bool((mask > 0).all()) or max(height, width) == 1:
+        return y
+    odd = (0, width % 2, 0, height % 2)
+    count = nnf.avg_pool2d(nnf.pad(mask, odd), 2)
+    mean = nnf.avg_pool2d(nnf.pad(torch.where(mask > 0, y, 0), odd), 2) / count.clamp_min(1e-6)
+    coarse = fill(mean, (count > 0).to(y))
+    fine = nnf.interpolate(coarse, size=(height + odd[3], width + odd[1]), mode="bilinear")[..., :height, :width]
+    return torch.where(mask > 0, y, fine)
+
+
+# The models: each gets the data, the mask and the filled start on the grid.
+
+
+def _gdc(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progress: bool) -> Outcome:
+    """The jointly trained cascade; gray pictures as three equal channels, other numbers of channels one by one."""
+    net, channels = weights.load("gdc-inpaint").to(y), y.shape[1]
+    if channels != 3:
+        y, start = (t.reshape(-1, 1, *t.shape[-2:]).expand(-1, 3, -1, -1) for t in (y, start))
+        mask = mask.repeat_interleave(channels, 0)
+    sigma = torch.full((len(y), 1, 1, 1), LEVEL).to(y)
+    problem = net.problem(Mask(mask), y, sigma)  # type: ignore[operator]
+    step = Cascade(net.modules_for(sigma, mask))  # type: ignore[operator]
+    result = propagate(step, problem, start, steps=steps or net.stages, progress=progress)  # type: ignore[arg-type]
+    x = result.x if channels == 3 else result.x.mean(1).reshape(-1, channels, *y.shape[-2:])
+    words = {
+        "guarantee": "none",
+        "statement": "stages trained jointly and run unchecked; no theorem covers them",
+        "holds": None,
+    }
+    return Outcome(x, result, words)
+
+
+def _haar(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progress: bool) -> Outcome:
+    weight = torch.full_like(y[:1, :1], HAAR_WEIGHT)
+    weight[..., : y.shape[-2] >> HAAR, : y.shape[-1] >> HAAR] = 0
+    problem = Problem(LeastSquares(Mask(mask), y), Analysis(Wavelet("haar", HAAR), Lp(0.8, weight)))
+    result = propagate(FISTA(), problem, start, steps=steps or HAAR_STEPS, tol=TOLERANCE, progress=progress)
+    words = {"guarantee": "none", "statement": "no theorem covers FISTA on this nonconvex energy", "holds": None}
+    return Outcome(result.x, result, words | {"residual": problem.residual(result.x).max().item()})
+
+
+def _tv(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progress: bool) -> Outcome:
+    problem = Problem(LeastSquares(Mask(mask), y), GroupLp(1, TV_WEIGHT), Gradient())
+    result = propagate(ADMM(TV_PENALTY), problem, start, steps=steps or TV_STEPS, tol=TOLERANCE, progress=progress)
+    words = {
+        "guarantee": "ADMM on a convex energy, any penalty, its linear systems solved to a tolerance (known theory)",
+        "statement": "converges to a minimiser",
+        "holds": True,
+    }
+    return Outcome(result.x, result, words)
+
+
+def _biharmonic(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progress: bool) -> Outcome:
+    """scikit-image's ``inpaint_biharmonic``: the solution of a biharmonic equation in each hole, no energy of ours."""
+    from skimage.restoration import inpaint_biharmonic
+
+    filled = [
+        inpaint_biharmonic(item.permute(1, 2, 0).cpu().numpy(), known[0].cpu().numpy() == 0, channel_axis=-1)
+        for item, known in zip(y, mask, strict=True)
+    ]
+    x = torch.stack([torch.as_tensor(item).permute(2, 0, 1) for item in filled]).to(y)
+    words = {"guarantee": "none", "statement": "a linear system in each hole, solved by scikit-image", "holds": None}
+    return Outcome(x, Result(x, Status.CONVERGED, 1, 0.0, Trace(), State(x)), words)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One way to restore: ``run(y, mask, start, steps, progress)`` on the grid, and what it is."""
+
+    run: Callable[[Tensor, Tensor, Tensor, int | None, bool], Outcome]
+    what: str
+
+
+MODELS = {
+    "gdc": Model(_gdc, "GDC's cascade, all three modules trained jointly, in colour"),
+    "haar-l08": Model(_haar, "l0.8 on Haar coefficients, GDC's energy, by FISTA"),
+    "tv": Model(_tv, "isotropic total variation by ADMM"),
+    "biharmonic": Model(_biharmonic, "scikit-image's biharmonic inpainting"),
+}

@@ -1,0 +1,249 @@
+"""Recipes for GDC: its two networks greedily, then each scheme jointly through its cascade, for two tasks.
+
+Greedy, as section VII-D: the generative network removes noise of every level (one network that is told the level, where the
+paper has one for each small interval), the classifier tells noised from clean patches.  Joint: the networks of all stages,
+shared, and the stages' numbers together, with flips and quarter turns.  The rate falls along a cosine, not in steps.
+Data: train400 only, degraded at random; interpolation adds colour pictures of set14, LOL and SOTS, which no table of the
+paper tests.  No image of BSD68, CBSD68 or Levin and no benchmark kernel is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from odlkit import data
+from odlkit.metrics import psnr
+from odlkit.models.gdc import Cascade, Discriminative
+from odlkit.models.gdc_joint import CascadeNet
+from odlkit.networks import Classifier, ConvUnit, ResidualNet
+from odlkit.operators import Blur, Mask
+from odlkit.problem import Problem
+from odlkit.propagate import iterate
+from odlkit.tasks.inpaint import LEVEL, fill
+from odlkit.training.kernels import random_kernel
+from odlkit.training.loop import fit, log_error, patches, save_weights
+from odlkit.training.masks import missing_at_random, random_mask
+from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
+
+LEVELS = (0.003, 0.2)  # of the greedy networks: noise up to 0.1 as in the paper, and what the first stages ask for
+NOISE = (0.005, 0.12)  # of joint deblurring
+SIZE = 96  # of the patches that joint training runs on
+WHAT = {"GM": "data step, generative module", "GD": "data step, generative and discriminative module"}
+WHAT |= {"GC": "data step, generative and corrective module", "GDC": "data step and all three modules"}
+
+
+def _pictures() -> tuple[list[Tensor], list[Tensor]]:
+    pictures = data.images("train400")
+    return pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+
+
+def _noised(x: Tensor, alpha: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    noise = torch.randn(x.shape, generator=generator)
+    return x + alpha * noise, noise
+
+
+def generator_network(out: Path, resume: bool = False, steps: int = 3000, width: int = 64) -> ResidualNet:
+    """Train G, seven convolutions and six ReLU, to estimate noise of every level in `LEVELS`."""
+    torch.manual_seed(0)
+    (train, held), device = _pictures(), best_device()
+    net = ResidualNet([ConvUnit(width=width)]).to(device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 16, 64, generator)
+        alpha = log_uniform(*LEVELS, len(x), generator)
+        y, noise = (t.to(device) for t in _noised(x, alpha, generator))
+        with torch.autocast(device.type, torch.bfloat16):
+            estimate = net.units[0](y, alpha.to(device))
+        return (estimate.float() - noise).square().mean()
+
+    def validate() -> float:
+        with torch.no_grad():
+            noisy = [_noised(x, torch.tensor(0.05), torch.Generator().manual_seed(i))[0] for i, x in enumerate(held)]
+            return sum(psnr(net(y.to(device), 0.05).cpu(), x).item() for y, x in zip(noisy, held, strict=True)) / len(held)
+
+    record = fit(net, loss, steps=steps, lr=1e-3, out=out, name="gdc-generator", resume=resume, validate=validate)
+    card = {
+        "name": "gdc-generator",
+        "what": "GDC's generative network, trained greedily as a denoiser for every noise level: seven convolutions",
+        "recipe": "odlkit train gdc-generator",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
+        "network": {"kind": "conv", "units": [net.units[0].config], "bound": None},
+        "schedule": {"first": LEVELS[1], "last": LEVELS[0]},
+    }
+    save_weights(net, out / "gdc-generator.safetensors", card | record, torch.float16)
+    return net
+
+
+def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tuple[Classifier, float]:
+    """Train d to tell noised (1) from clean (0) at every level in `LEVELS`, position by position: it and its step ``s``.
+
+    The step is the one of a few that denoises the validation images best, over levels from 0.01 to 0.1.
+    """
+    torch.manual_seed(0)
+    (train, held), device = _pictures(), best_device()
+    net = Classifier().to(device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 16, 64, generator)
+        alpha = log_uniform(*LEVELS, len(x), generator)
+        y = _noised(x, alpha, generator)[0]
+        corrupted, clean = net.logits(torch.cat([y, x]).to(device), torch.cat([alpha, alpha]).to(device)).chunk(2)
+        return nnf.softplus(-corrupted).mean() + nnf.softplus(clean).mean()  # cross entropy
+
+    def gain(step: float) -> float:
+        """Mean gain in PSNR, in dB, of one discriminative step on noised validation images."""
+        total = []
+        for i, level in enumerate((0.01, 0.03, 0.1)):
+            x = torch.cat([image for image in held if image.shape == held[0].shape])
+            y = _noised(x, torch.tensor(level), torch.Generator().manual_seed(i))[0].to(device)
+            move = Discriminative(net.potential, lambda stage, level=level: level, step)
+            with torch.no_grad():
+                total.append((psnr(move(None, y, 0).cpu(), x) - psnr(y.cpu(), x)).mean().item())  # type: ignore[arg-type]
+        return sum(total) / len(total)
+
+    trial = [0.02 * 2**i for i in range(9)]
+    record = fit(net, loss, steps=steps, lr=1e-3, out=out, name="gdc-classifier", resume=resume,
+                 validate=lambda: max(map(gain, trial)))  # fmt: skip
+    best = max(trial, key=gain)
+    card = {
+        "name": "gdc-classifier",
+        "what": "GDC's discriminative network: tells noised from clean; the validation score is the gain of one step in dB",
+        "recipe": "odlkit train gdc-classifier",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
+        "network": {"kind": "classifier", **net.config},
+        "schedule": {"first": LEVELS[1], "last": LEVELS[0], "step": best},
+    }
+    save_weights(net, out / "gdc-classifier.safetensors", card | record, torch.float16)
+    return net, best
+
+
+def start(out: Path, resume: bool, scheme: str, width: int = 64, **options: object) -> CascadeNet:
+    """The cascade of a scheme whose networks begin as the greedily trained ones, as far as their shapes agree."""
+    greedy = generator_network(out, resume=resume or (out / "gdc-generator.pt").exists(), width=width).units[0]
+    config = greedy.config | ({"channels": 4} if options.get("guided") else {})  # colour and the mask
+    about: dict | None = None
+    if "D" in scheme:
+        classifier, step = classifier_network(out, resume=resume or (out / "gdc-classifier.pt").exists())
+        about, options = classifier.config, options | {"step": step}
+    torch.manual_seed(0)
+    net = CascadeNet(scheme, config, about, **options)  # type: ignore[arg-type]
+    if net.classifier is not None:
+        net.classifier.load_state_dict(classifier.state_dict())
+    own = net.unit.state_dict()
+    net.unit.load_state_dict({key: v if v.shape == own[key].shape else own[key] for key, v in greedy.state_dict().items()})
+    return net.to(best_device())
+
+
+def unroll(net: CascadeNet, problem: Problem, x0: Tensor, sigma: Tensor, guide: Tensor | None = None) -> list[Tensor]:
+    """``u^1 ... u^T`` of the cascade, each of the shape of ``x0``."""
+    step = Cascade(net.modules_for(sigma, guide))
+    return [state.x for state, _ in islice(iterate(step, problem, x0), net.stages)]
+
+
+def deblurred(net: CascadeNet, x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Blur ``x`` circularly, add noise, and run the cascade from the data."""
+    blur = Blur(kernel)
+    y = blur.A(x)
+    y = y + sigma * torch.randn(y.shape, generator=generator).to(y)
+    return unroll(net, net.problem(blur, y, sigma), y, sigma)
+
+
+def interpolated(net: CascadeNet, x: Tensor, mask: Tensor) -> list[Tensor]:
+    """Remove the unknown pixels of ``x`` and run the cascade from the filled image; known pixels stay as they are."""
+    operator, sigma = Mask(mask), torch.full((len(x), 1, 1, 1), LEVEL).to(x)
+    y = operator.A(x)
+    outputs = unroll(net, net.problem(operator, y, sigma), fill(y, mask), sigma, mask)
+    return [torch.where(mask > 0, x, u) for u in outputs]
+
+
+def _finish(net: CascadeNet, out: Path, name: str, record: dict, about: dict) -> None:
+    plan = {"first": net.config["first"], "last": net.config["last"], "depth": net.stages}
+    card = {"name": name, **about, "recipe": f"odlkit train {name}"}
+    card |= {"network": {"kind": "cascade", **net.config}, "schedule": plan}
+    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+
+
+def deblur(out: Path, resume: bool, scheme: str, steps: int = 2400, width: int = 64, stages: int = 5) -> None:
+    """One scheme for deblurring with a known kernel: random kernels, 0.5 to 12% noise, log-uniform."""
+    net, device, name = start(out, resume, scheme, width, stages=stages), best_device(), f"gdc-deblur-{scheme.lower()}"
+    train, held = _pictures()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = patches(train, 4, SIZE, generator).to(device)
+        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
+        sigma = log_uniform(*NOISE, len(x), generator).to(device)
+        return log_error(deblurred(net, x, kernel, sigma, generator), x)
+
+    def validate() -> float:
+        scores = []
+        with torch.no_grad():
+            for i, x in enumerate(held):
+                generator = torch.Generator().manual_seed(i)
+                kernel = random_kernel(generator)[None, None].to(device)
+                sigma = torch.full((1, 1, 1, 1), (0.01, 0.03, 0.1)[i % 3], device=device)
+                x = x[..., :176, :176].to(device)
+                scores.append(psnr(deblurred(net, x, kernel, sigma, generator)[-1], x).item())
+        return sum(scores) / len(scores)
+
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name=name, resume=resume, validate=validate)
+    _finish(net, out, name, record, {
+        "what": f"GDC for deblurring, scheme {scheme} ({WHAT[scheme]}), {stages} stages trained jointly, networks shared",
+        "data": f"train400 without its last {HELD_OUT} images, the validation set (1, 3 and 10% noise); random blur kernels",
+    })  # fmt: skip
+
+
+def deblur_recipe(scheme: str) -> Callable[[Path, bool], None]:
+    """The recipe of one scheme, ``(out, resume)``."""
+
+    def run(out: Path, resume: bool = False) -> None:
+        deblur(out, resume, scheme)
+
+    return run
+
+
+deblur_gm, deblur_gd, deblur_gc, deblur_gdc = map(deblur_recipe, ("GM", "GD", "GC", "GDC"))
+
+
+def colours() -> list[Tensor]:
+    """The colour pictures of set14, the clear ones of SOTS and the bright ones of LOL, each ``(1, 3, H, W)``."""
+    folders = {"set14": "set14", "sots_indoor": "clear", "sots_outdoor": "clear", "lol": "high"}
+    found = [path for name, folder in folders.items() for path in data.files(name) if path.parent.name == folder]
+    pictures = [data.image(path) for path in found if path.suffix.lower() in (".bmp", ".png")]
+    return [picture for picture in pictures if picture.shape[1] == 3]
+
+
+def inpaint(out: Path, resume: bool = False, steps: int = 2400, width: int = 64, stages: int = 5) -> None:
+    """GDC for interpolation in colour: 10 to 90% of the pixels missing at random, or text; no noise.
+
+    Half of each batch are colour pictures, half gray ones in three equal channels.
+    """
+    net = start(out, resume, "GDC", width, stages=stages, last=LEVEL, p=0.8, guided=True)
+    device, (train, _) = best_device(), _pictures()
+    vivid, held = colours(), data.images("set5", gray=False)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        gray = patches(train, 2, SIZE, generator).expand(-1, 3, -1, -1)
+        x = torch.cat([patches(vivid, 2, SIZE, generator), gray])
+        mask = torch.cat([random_mask(SIZE, SIZE, generator) for _ in x])
+        return log_error(interpolated(net, x.to(device), mask.to(device)), x.to(device))
+
+    def validate() -> float:
+        scores = []
+        with torch.no_grad():
+            for i, x in enumerate(held):
+                x = x[..., :224, :224].to(device)
+                mask = missing_at_random((0.2, 0.8)[i % 2], *x.shape[-2:], torch.Generator().manual_seed(i)).to(device)
+                scores.append(psnr(interpolated(net, x, mask)[-1], x).item())
+        return sum(scores) / len(scores)
+
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="gdc-inpaint", resume=resume, validate=validate)
+    _finish(net, out, "gdc-inpaint", record, {
+        "what": f"GDC for interpolation in colour, {stages} stages trained jointly with shared networks; G sees the mask",
+        "data": f"colour pictures of set14, LOL and SOTS, and train400 without its last {HELD_OUT} images; validation: set5",
+    })  # fmt: skip
