@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from odlkit.operators import Operator
 from odlkit.problem import Problem, norm_items
 
 
@@ -37,6 +38,29 @@ class ErrorCondition:
         return norm_items(candidate.error) <= self.tolerance * norm_items(candidate.corrected - candidate.old)
 
 
+class OptimalityError:
+    """Accept iff ``||psi|| <= tolerance ||x+ - x||``, with psi computed from the points, whatever propagation made them.
+
+    ``psi = (x~ - x+)/tau - (mu/2)(2 x~ - x+ - x) + H (x+ - x) + grad f(x+) - grad f(x~)`` for a proposal ``x~`` that was
+    corrected with ``tau = step_size`` and ``mu = penalty`` (PADNet 7 and PODM 7 are the same step), and
+    ``H = (mu / 2) W^T W`` with ``W = metric``, None for the identity: then psi is PADNet's error (12).
+    Eq: PODM (5), PADNet (12).
+    """
+
+    def __init__(self, tolerance: float, step_size: float, penalty: float, metric: Operator | None = None):
+        self.tolerance, self.step_size, self.penalty, self.metric = tolerance, step_size, penalty, metric
+
+    def psi(self, problem: Problem, candidate: Candidate) -> Tensor:
+        """The optimality error of a candidate, like ``x``."""
+        old, x_f, new, mu = candidate.old, candidate.proposal, candidate.corrected, self.penalty
+        h = mu / 2 * (new - old if self.metric is None else self.metric.normal(new - old))
+        change = problem.fidelity.grad(new) - problem.fidelity.grad(x_f)
+        return (x_f - new) / self.step_size - mu / 2 * (2 * x_f - new - old) + h + change
+
+    def __call__(self, problem: Problem, candidate: Candidate) -> Tensor:
+        return norm_items(self.psi(problem, candidate)) <= self.tolerance * norm_items(candidate.corrected - candidate.old)
+
+
 class MonotoneEnergy:
     """Accept iff ``F(x+) <= F(x) - margin ||x+ - x||^2``.
 
@@ -49,6 +73,20 @@ class MonotoneEnergy:
     def __call__(self, problem: Problem, candidate: Candidate) -> Tensor:
         drop = problem.energy(candidate.old) - problem.energy(candidate.corrected)
         return drop >= self.margin * norm_items(candidate.corrected - candidate.old).square()
+
+
+class BoundedGradient:
+    """Accept iff ``||grad f(x+)|| <= bound``, ``bound`` a number or ``(B,)``.
+
+    It needs no prior.  ``bound`` is the paper's L, which is also its name for a Lipschitz constant; the two are unrelated.
+    Eq: GDC Algorithm 2, line 6.
+    """
+
+    def __init__(self, bound: Tensor | float):
+        self.bound = bound
+
+    def __call__(self, problem: Problem, candidate: Candidate) -> Tensor:
+        return norm_items(problem.fidelity.grad(candidate.corrected)) <= self.bound
 
 
 class AlwaysAccept:
