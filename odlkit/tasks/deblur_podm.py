@@ -19,13 +19,14 @@ from odlkit.operators import Blur, Wavelet
 from odlkit.priors import Analysis, Box, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
-from odlkit.solvers import PlugAndPlay
+from odlkit.solvers import PlugAndPlay, tikhonov
 from odlkit.tasks.report import Outcome
 
 # Settings of the controlled model, chosen on the last twelve images of train400 with random kernels.
 LEVELS, FACTOR = 3, 9.0  # Haar levels; lambda = FACTOR sigma^2
 START, FIRST = 8, 0.2  # stages of the start, and the noise level of the first
 HALVINGS, STOP, STEPS = 4, 1e-3, 20  # half-moves tried before the feedback, relative change at which it stops, most stages
+RELAXED_START = 100.0  # as in training: the smooth solution with this times sigma^2 is where relaxed PODM begins
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
 
@@ -37,7 +38,8 @@ def rpodm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool
     """
     net: Any = weights.load("rpodm-deblur").to(z)
     problem = Problem(LeastSquares(blur, z, 2.0), Box(0.0, 1.0))
-    result = propagate(Relaxed(net, sigma), problem, z, steps=steps or len(net), energy=False, progress=progress)
+    start = tikhonov(blur, z, RELAXED_START * sigma**2)
+    result = propagate(Relaxed(net, sigma), problem, start, steps=steps or len(net), energy=False, progress=progress)
     words = {
         "guarantee": "none: PODM relaxed, no optimality error is checked",
         "statement": "every pixel lies in [0, 1]; the stages are a network, trained to be few, and minimise nothing known",

@@ -49,11 +49,13 @@ def fit(
     save_every: int = 200,
     validate: Callable[[], float] | None = None,
     clip: float = 1.0,
+    stop: int | None = None,
 ) -> dict:
     """Minimise ``loss(generator)`` over ``model`` with Adam, linear warm-up and cosine decay to ``lr / 100``.
 
     A checkpoint (weights, optimiser, step, generator state) is written to ``out / name.pt`` every ``save_every`` steps by
-    rename, so that an interrupted run is resumed exactly with ``resume=True``.  Returns a record of the run for the
+    rename, so that an interrupted run is resumed exactly with ``resume=True``.  ``stop`` ends the run early, at that step of
+    the schedule: a phase that another one goes on from.  Returns a record of the run for the
     weights' card.  Raises ``FloatingPointError`` when the loss stops being finite.
     """
     from tqdm import tqdm
@@ -70,7 +72,8 @@ def fit(
         generator.set_state(state["generator"])
         start, spent, history = state["step"], state["seconds"], state["history"]
     clock = time.monotonic()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    last = stop or steps
+    bar = tqdm(range(start, last), initial=start, total=last, desc=name, mininterval=5)
     smooth = math.nan
     for step in bar:
         rate = min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -85,7 +88,7 @@ def fit(
         optimiser.step()
         smooth = value.item() if math.isnan(smooth) else 0.99 * smooth + 0.01 * value.item()
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == last:
             score = validate() if validate else math.nan
             history.append([step + 1, round(smooth, 5), round(score, 3)])
             tqdm.write(f"{name} step {step + 1}: loss {smooth:.5f}, validation {score:.3f} dB")
