@@ -169,7 +169,7 @@ def _finish(net: CascadeNet, out: Path, name: str, record: dict, about: dict) ->
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
 
 
-def deblur(out: Path, resume: bool, scheme: str, steps: int = 2400, width: int = 64, stages: int = 5) -> None:
+def deblur(out: Path, resume: bool, scheme: str, steps: int = 3000, width: int = 64, stages: int = 5) -> None:
     """One scheme for deblurring with a known kernel: random kernels, 0.5 to 12% noise, log-uniform."""
     net, device, name = start(out, resume, scheme, width, stages=stages), best_device(), f"gdc-deblur-{scheme.lower()}"
     train, held = _pictures()
@@ -221,14 +221,14 @@ def colours() -> list[Tensor]:
 def inpaint(out: Path, resume: bool = False, steps: int = 2400, width: int = 64, stages: int = 5) -> None:
     """GDC for interpolation in colour: 10 to 90% of the pixels missing at random, or text; no noise.
 
-    Half of each batch are colour pictures, half gray ones in three equal channels.
+    Of each batch two are colour pictures, one is a gray one in three equal channels.
     """
     net = start(out, resume, "GDC", width, stages=stages, last=LEVEL, p=0.8, guided=True)
     device, (train, _) = best_device(), _pictures()
     vivid, held = colours(), data.images("set5", gray=False)
 
     def loss(generator: torch.Generator) -> Tensor:
-        gray = patches(train, 2, SIZE, generator).expand(-1, 3, -1, -1)
+        gray = patches(train, 1, SIZE, generator).expand(-1, 3, -1, -1)
         x = torch.cat([patches(vivid, 2, SIZE, generator), gray])
         mask = torch.cat([random_mask(SIZE, SIZE, generator) for _ in x])
         return log_error(interpolated(net, x.to(device), mask.to(device)), x.to(device))
