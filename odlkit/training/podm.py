@@ -118,7 +118,7 @@ def deblur(out: Path, resume: bool = False, steps: int = 6000, first: int = 7200
         sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
             outputs = restore(x, kernel, sigma, generator)
-        return _log_error(outputs, x)
+        return log_error(outputs, x)
 
     def validate() -> float:
         scores = []
@@ -140,7 +140,7 @@ def deblur(out: Path, resume: bool = False, steps: int = 6000, first: int = 7200
     record |= {"first_phase": plan}
     _finish(net, out, record, {
         "name": "rpodm-deblur",
-        "what": f"relaxed PODM for deblurring: {STAGES} stages, each six convolutions with ELU, 25 learned filters and a perceptron",
+        "what": f"relaxed PODM for deblurring: {STAGES} stages of six convolutions with ELU, 25 learned filters, a perceptron",
         "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
     })  # fmt: skip
 
