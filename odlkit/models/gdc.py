@@ -1,8 +1,8 @@
 """GDC: generative, discriminative and corrective modules in any order, and the two controls that make them converge.
 
-Each module is a map ``u -> u`` of one stage: ``T_G(u) = u + G(u)`` (2), ``T_D(u) = u - step grad d(u)`` (4), and ``T_C``, the
-model's own correction (6)-(9).  A sequence of them is a stage.  `Cascade` runs the stages unchecked, which is what joint
-training differentiates (`odlkit.propagate.iterate`); `FullyDefined` and `PartiallyDefined` control them, Algorithms 1 and 2.
+Each module is a map ``u -> u`` of one stage: ``T_G(u) = u + G(u)`` (2), ``T_D(u) = u - step grad d(u)`` (4), and the
+correction ``T_C`` by the model (6)-(9).  A sequence of them is a stage.  `Cascade` runs the stages unchecked, which is what
+joint training differentiates (`odlkit.propagate.iterate`); `FullyDefined` and `PartiallyDefined` are Algorithms 1 and 2.
 """
 
 from __future__ import annotations
