@@ -140,7 +140,7 @@ def deblur(out: Path, resume: bool = False, steps: int = 6000, first: int = 7200
     record |= {"first_phase": plan}
     _finish(net, out, record, {
         "name": "rpodm-deblur",
-        "what": f"relaxed PODM for deblurring: {STAGES} stages of six convolutions with ELU, 25 learned filters, a perceptron",
+        "what": f"relaxed PODM for deblurring: {STAGES} stages of six ELU convolutions, 25 learned filters, a perceptron",
         "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
     })  # fmt: skip
 
