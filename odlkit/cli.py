@@ -111,6 +111,29 @@ def main() -> None:
     """Optimization-derived learning for image restoration."""
 
 
+# What a task may ask for beside the picture, as words for who leaves it out.
+OPTIONS = {
+    "kernel": "a .npy file or an image",
+    "mask": "an image",
+    "scale": "a magnification",
+    "ratio": "a number in (0, 1]",
+    "sigma": "a noise level",
+    "boundary": "unknown or circular",
+    "tile": "a number of pixels",
+}
+
+
+def _options(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given; refuses those that the task does not use, and misses those that it needs."""
+    for option, value in given.items():
+        if value is not None and option not in task.needs + task.takes:
+            raise ValueError(f"{option}: expected no value, the task {name} does not use it")
+    for option in task.needs:
+        if given[option] is None:
+            raise ValueError(f"{option}: expected {OPTIONS[option]}, none was given")
+    return {option: value for option, value in given.items() if value is not None}
+
+
 @main.command()
 @click.argument("task")
 @click.argument("input")
@@ -118,7 +141,7 @@ def main() -> None:
 @click.option("--model", default=None, help="One of `odlkit models` (default: the task's first).")
 @click.option("--kernel", default=None, help="Convolution kernel, .npy or image, centre at (h // 2, w // 2).")
 @click.option("--sigma", type=float, default=None, help="Noise level for values in [0, 1]; estimated if left out.")
-@click.option("--boundary", default="unknown", show_default=True, help="unknown (photographs) or circular.")
+@click.option("--boundary", default=None, help="unknown (photographs, the default) or circular.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn at random.")
 @click.option("--tile", type=int, default=None, help="Restore squares of this size one by one, to bound the memory.")
@@ -126,37 +149,38 @@ def main() -> None:
 @click.option("--scale", type=int, default=None, help="Magnification, for tasks that need it.")
 @click.option("--ratio", type=float, default=None, help="Sampling ratio, for tasks that need it.")
 @click.option("--report", default=None, help="Where a JSON report of the run goes.")
-def restore(task, input, output, model, kernel, sigma, boundary, device, seed, tile, mask, scale, ratio, report) -> None:
+def restore(task, input, output, model, device, seed, report, **given) -> None:
     """Restore the image INPUT; TASK is one of `odlkit tasks`.
 
-    Example: odlkit restore deblur photo.png --kernel k.npy --sigma 0.01 -o sharp.png --report report.json
-    """
-    import torch
+    Examples: odlkit restore deblur photo.png --kernel k.npy --sigma 0.01 -o sharp.png --report report.json
 
-    from odlkit import images
+    odlkit restore sr small.png --scale 3 -o large.png
+    """
     from odlkit.tasks import TASKS
-    from odlkit.tasks.deblur import deblur
 
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-    for name, value in (("mask", mask), ("scale", scale), ("ratio", ratio)):
-        if value is not None:
-            raise ValueError(f"{name}: expected no value, the task {task} does not use it")
-    if kernel is None:
-        raise ValueError("kernel: expected a .npy file or an image, none was given")
+    options = _options(task, TASKS[task], given)
     _check_target(report, "report")
+
+    import torch
+
+    from odlkit import images
+
     torch.manual_seed(seed)
     where = _device(device)
     picture = images.read(input)
     images.check_output(output, picture)
+    if "kernel" in options:
+        options["kernel"] = images.read_kernel(options["kernel"])
     chosen = {"model": model} if model is not None else {}
-    restored, about = deblur(
-        picture.x.to(where), images.read_kernel(kernel), sigma, boundary=boundary, tile=tile, progress=True, **chosen
-    )
-    about["input"] = {"path": str(input), **picture.describe(), "kernel": about["input"]["kernel"]}
-    about["output"] = {"path": str(output), **picture.describe()}
+    restored, about = TASKS[task].function()(picture.x.to(where), progress=True, **options, **chosen)
+    target = images.matching(restored, picture)
+    kept = {key: value for key, value in about["input"].items() if key != "shape"}
+    about["input"] = {"path": str(input), **picture.describe(), **kept}
+    about["output"] = {"path": str(output), **target.describe()}
     about["settings"]["seed"] = seed
-    images.write(output, restored, picture)
+    images.write(output, restored, target)
     for note in about["notes"]:
         click.echo(note, err=True)
     held = {True: "holds", False: "fails", None: "no guarantee"}[about["certificate"]["holds"]]
@@ -257,17 +281,18 @@ def tasks() -> None:
     """What `odlkit restore` can do."""
     from odlkit.tasks import TASKS
 
-    _table(TASKS)
+    _table({name: task.what for name, task in TASKS.items()})
 
 
 @main.command()
 def models() -> None:
     """The models of each task, and the networks that are shipped."""
     from odlkit import weights
-    from odlkit.tasks.deblur import MODELS
+    from odlkit.tasks import TASKS
 
-    click.echo("deblur")
-    _table({"  " + name: model.what for name, model in MODELS.items()})
+    for name, task in TASKS.items():
+        click.echo(name)
+        _table({"  " + model: about.what for model, about in task.models().items()})
     click.echo("networks")
     for name, card in weights.cards().items():
         click.echo(f"  {name}  {card['what']}; {card['parameters']:,} parameters; made by: {card['recipe']}")

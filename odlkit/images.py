@@ -7,7 +7,7 @@ Pillow reads and writes everything except 16-bit colour, which it would silently
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,16 @@ def write(path: Path | str, x: Tensor, like: Picture) -> None:
 
             options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
             Image.fromarray(array).save(handle, format=kind, **options, **({} if kind == "BMP" else like.info))
+
+
+def matching(x: Tensor, like: Picture) -> Picture:
+    """``x`` as a picture with the depth and metadata of ``like``; its alpha is resized (bicubic) to that of ``x``."""
+    alpha, size = like.alpha, tuple(x.shape[-2:])
+    if alpha is not None and alpha.shape != size:
+        values = torch.from_numpy(alpha.astype(np.float64))[None, None]
+        values = torch.nn.functional.interpolate(values, size=size, mode="bicubic", antialias=True)
+        alpha = values[0, 0].round().clamp(0, 2**like.bits - 1).numpy().astype(alpha.dtype)
+    return replace(like, x=x, alpha=alpha)
 
 
 class atomic:

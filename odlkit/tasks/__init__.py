@@ -1,3 +1,47 @@
 """One file a task: check the input, build the problem, choose and run a model, report.  Only here are degradations known."""
 
-TASKS = {"deblur": "remove a known blur from a photograph with noise (non-blind deconvolution)"}
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as ``odlkit restore`` runs it: ``function(y, model=..., progress=..., **options) -> (image, report)``.
+
+    ``place`` is ``module:function``, imported when it is used; the module's ``MODELS`` names what ``model`` may be, the
+    default first.  ``needs`` and ``takes`` are the options of the command line that must and that may be given.
+    """
+
+    what: str
+    place: str
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+    def function(self) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        """What restores."""
+        module, name = self.place.split(":")
+        return getattr(import_module(module), name)
+
+    def models(self) -> dict[str, Any]:
+        """Name -> `odlkit.tasks.report.Model`."""
+        return import_module(self.place.split(":")[0]).MODELS
+
+
+TASKS = {
+    "deblur": Task(
+        "remove a known blur from a photograph with noise (non-blind deconvolution)",
+        "odlkit.tasks.deblur:deblur",
+        needs=("kernel",),
+        takes=("sigma", "boundary", "tile"),
+    ),
+    "sr": Task(
+        "enlarge a picture 2, 3 or 4 times (super-resolution)",
+        "odlkit.tasks.sr:super_resolve",
+        needs=("scale",),
+        takes=("kernel",),
+    ),
+}
