@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from odlkit.control import BoundedGradient, Candidate, MonotoneEnergy
-from odlkit.models.padnet import Network, Schedule
+from odlkit.models.padnet import Schedule
 from odlkit.networks import clip_to_ball
 from odlkit.problem import Problem, norm_items, square_items
 from odlkit.propagate import Record, State
 
+Network = Callable[[Tensor, Any], Tensor]  # (u, alpha) -> u, or -> (B,) for a classifier
 Module = Callable[[Problem, Tensor, int], Tensor]  # T: (problem, u, stage) -> u
 Levels = Callable[[int], Any]  # stage -> alpha, a float or (B, 1, 1, 1)
 
@@ -187,7 +188,7 @@ class FullyDefined:
         u, gamma = state.x, self.gamma(problem, state.k)
         control = self.control or MonotoneEnergy(self.margin * problem.lipschitz)
         u_c = cascade(self.modules, problem, u, state.k)
-        accepted = control(problem, Candidate(u, u_c, u_c, torch.full_like(u, torch.nan)))
+        accepted = control(problem, Candidate(u, u_c, u_c, torch.full_like(u, torch.nan))) & bool(self.modules)
         v = torch.where(accepted.view(-1, 1, 1, 1), u_c, u)
         slope = problem.fidelity.grad(v)
         new = problem.prox_prior(v - slope / gamma, 1 / gamma)  # step 11
@@ -212,7 +213,8 @@ class PartiallyDefined:
     ``u_c = argmin f + (gamma_t / 2) ||. - u_d||^2`` (7); ``u+ = u_c`` if ``||grad f(u_c)|| <= M``, else ``u``.
     The clip makes the assumption of Proposition 2 true for every network (``c=None``: no clip).  ``gate`` is M, a number of
     its own: the paper's L is also its Lipschitz constant.  Then ``||u+ - u|| <= M / gamma_t + sqrt(c / gamma_t)``, and the
-    sequence converges if gamma_t grows geometrically.  Each image of a batch is judged by itself.
+    sequence converges if gamma_t grows geometrically.  Each image of a batch is judged by itself.  A rejected step does not
+    move, which `odlkit.propagate.propagate` takes for the end unless its ``tol`` is negative.
 
     Recorded: ``accepted``; ``gradient`` = ||grad f(u_c)||; ``penalty`` = gamma_t; ``move`` = ||r|| before the clip;
     ``radius`` = sqrt(c / gamma_t); ``within``, 1 where the network met the assumption without the clip; ``data_step`` =
