@@ -23,6 +23,11 @@ from odlkit.propagate import Result, Trace
 PROPOSITIONS = {  # name -> the function that plays it, imported when it is played
     "padnet-theorem-1": "odlkit.propositions.padnet:theorem_1",
     "padnet-theorem-2": "odlkit.propositions.padnet:theorem_2",
+    "podm-proposition-1": "odlkit.propositions.podm:proposition_1",
+    "podm-proposition-2": "odlkit.propositions.podm:proposition_2",
+    "podm-theorem-1": "odlkit.propositions.podm:theorem_1",
+    "gdc-proposition-1": "odlkit.propositions.gdc:proposition_1",
+    "gdc-proposition-2": "odlkit.propositions.gdc:proposition_2",
 }
 NAMES = tuple(PROPOSITIONS)
 
@@ -68,10 +73,10 @@ def error_condition(trace: Trace, tolerance: float, slack: float = 1e-13) -> Che
     return inequality("error condition", trace["residual"], tolerance * trace["change"], slack * tolerance * trace["norm"])
 
 
-def subgradient_bound(trace: Trace, bound: float, slack: float = 1e-13) -> Check:
-    """``||s^{k+1}|| <= bound ||x^{k+1} - x^k||`` with the recorded ``s^{k+1}`` in ``dF(x^{k+1})``.
+def subgradient_bound(trace: Trace, bound: float | Tensor, slack: float = 1e-13) -> Check:
+    """``||s^{k+1}|| <= bound ||x^{k+1} - x^k||`` for the recorded ``s^{k+1}`` in ``dF(x^{k+1})``; ``bound`` like kappa.
 
-    Eq: PADNet (24), ``bound = mu + C_E``.
+    Eq: PADNet (24), ``bound = mu + C_E``; PODM Theorem 1, ``bound`` of `odlkit.models.podm.Constants.bounds`.
     """
     return inequality("subgradient", trace["subgradient"], bound * trace["change"], slack * bound * trace["norm"])
 

@@ -42,7 +42,7 @@ def tampered(trace: Trace, row: int, **values) -> Trace:
 
 
 def test_run_reports_what_the_command_line_promises(report):
-    assert list(report) == list(certify.NAMES) == ["padnet-theorem-1", "padnet-theorem-2"]
+    assert list(report) == list(certify.NAMES) and {"padnet-theorem-1", "padnet-theorem-2"} <= set(report)
     for entry in report.values():
         assert {"name", "holds", "margin", "instances", "acceptance_rate", "control", "dtype", "seconds"} <= set(entry)
         assert entry["holds"] is True and entry["margin"] >= 0 and entry["instances"] >= 3

@@ -1,9 +1,9 @@
 """PODM: propagation and optimization based deep model (NeurIPS 2018), controlled and relaxed.
 
-A stage proposes ``x_A = A(x^{l-1})`` by a network, propagates ``x_F = F(x_A) = argmin f + ||. - x_A||_H^2`` (3), and takes the
-proximal step with momentum ``x_G = prox_{gamma g}(x_F - gamma (grad f(x_F) + mu (x_F - x^{l-1})))`` (7).  The controlled form
-keeps ``x_G`` where the optimality error (5) allows it and otherwise feeds back a proximal-gradient step (6); the relaxed form
-keeps it always, and learns A and H end to end.
+A stage proposes ``x_A = A(x^{l-1})`` by a network, propagates ``x_F = F(x_A) = argmin f + ||. - x_A||_H^2`` (3), and takes
+the proximal step with momentum ``x_G = prox_{gamma g}(x_F - gamma (grad f(x_F) + mu (x_F - x^{l-1})))`` (7).  The controlled
+form keeps ``x_G`` where the optimality error (5) allows it and otherwise feeds back a proximal-gradient step (6); the
+relaxed form keeps it always, and learns A and H end to end.
 
 ``H = (mu / 2) W^T W`` with an operator W, which covers every symmetric positive semidefinite H: W = I is the scalar
 ``mu I / 2`` of section 5.1, a `FilterBank` the filtered distance of section 5.2.
@@ -30,8 +30,8 @@ from odlkit.propagate import Record, State
 class Constants:
     """mu, gamma and c of one stage, and the descent constants that they buy.  Eq: PODM Proposition 1.
 
-    ``least`` is ``lambda_min(H)`` (``penalty / 2`` for the scalar H).  Both constants are the repaired ones, for an
-    L-smooth convex f and any lower semicontinuous prior.
+    ``least`` and ``greatest`` are the extreme eigenvalues of H (both ``penalty / 2`` for the scalar H).  The constants are
+    the repaired ones, for an L-smooth convex f and any lower semicontinuous prior.
     """
 
     penalty: float
@@ -48,13 +48,22 @@ class Constants:
         """kappa of a feedback stage: ``1 / (2 gamma) - L / 2``."""
         return 0.5 / self.feedback - lipschitz / 2
 
+    def bounds(self, greatest: float | None = None) -> tuple[float, float]:
+        """b with ``||xi|| <= b ||x^l - x^{l-1}||``: ``c + mu / 2 + lambda_max(H)`` accepted, ``1 / gamma`` fed back.
+
+        Eq: PODM Theorem 1.
+        """
+        greatest = self.penalty / 2 if greatest is None else greatest
+        return self.tolerance + self.penalty / 2 + greatest, 1 / self.feedback
+
     def check(self, lipschitz: float, least: float | None = None) -> None:
         """Raise ``ValueError`` unless both descent constants are positive for this L."""
         if self.accepted(least) <= 0:
             text = f"mu/2 + lambda_min(H) - 1/(2 gamma) - c = {self.accepted(least):.3g}"
             raise ValueError(f"constants: {text}, expected a positive number")
         if not 0 < self.feedback < 1 / lipschitz:
-            raise ValueError(f"constants: feedback is {self.feedback:.3g}, expected a step in (0, 1/L) = (0, {1 / lipschitz:.3g})")
+            text = f"feedback is {self.feedback:.3g}"
+            raise ValueError(f"constants: {text}, expected a step in (0, 1/L) = (0, {1 / lipschitz:.3g})")
 
     @staticmethod
     def for_lipschitz(lipschitz: float, penalty: float = 3.0, share: float = 0.95) -> Constants:
@@ -67,14 +76,14 @@ class Constants:
 class PODM:
     """The solver: networks propose, the optimality error decides, the proximal gradient feeds back.
 
-    ``psi = (1/gamma)(x_F - x_G) - (mu/2)(2 x_F - x_G - x^{l-1}) + H (x_G - x^{l-1}) + grad f(x_G) - grad f(x_F)`` and a stage is
-    kept iff ``||psi|| <= c ||x_G - x^{l-1}||`` (5).  ``networks[l]`` is the l-th stage's A, called with a noise level; the last
-    serves all later stages.  ``halvings`` half-moves of x_A towards ``x^{l-1}`` are tried before the feedback.
+    ``psi = (1/gamma)(x_F - x_G) - (mu/2)(2 x_F - x_G - x^{l-1}) + H (x_G - x^{l-1}) + grad f(x_G) - grad f(x_F)``; a stage
+    is kept iff ``||psi|| <= c ||x_G - x^{l-1}||`` (5).  ``networks[l]`` is the l-th stage's A, called with a noise level;
+    the last serves all later stages.  ``halvings`` half-moves of x_A towards ``x^{l-1}`` are tried before the feedback.
     ``metric`` is W, None for the identity.  ``feedback=False`` keeps the last proposal instead: nothing is controlled.
     Every image of a batch is judged on its own.
 
-    Recorded: ``accepted``, ``tries``, ``residual`` = ||psi||, ``kappa``, the descent constant of the branch taken, and
-    ``subgradient``, the norm of an element of dPhi(x^l), which certifies criticality by itself.
+    Recorded: ``accepted``, ``tries``, ``residual`` = ||psi|| (0 after a feedback), ``kappa`` and ``bound``, the constants of
+    the branch taken, and ``subgradient``, the norm of an element of dPhi(x^l), which certifies criticality by itself.
 
     Eq: PODM (2), (3), (4), (5), (6), (7).
     """
@@ -88,9 +97,11 @@ class PODM:
     feedback: bool = True
 
     def init(self, problem: Problem, x0: Tensor) -> State:
-        weighted = self.metric is not None
-        least = self.constants.penalty / 2 * (self.metric.eigenvalue_range(x0)[0] if weighted else 1.0)  # type: ignore[union-attr]
-        return State(x0, aux={"kappa": self.constants.accepted(least), "kappa_feedback": self.constants.fed_back(problem.lipschitz)})
+        c = self.constants
+        extremes = (1.0, 1.0) if self.metric is None else self.metric.eigenvalue_range(x0)
+        least, greatest = (c.penalty / 2 * m for m in extremes)
+        kappas, bounds = (c.accepted(least), c.fed_back(problem.lipschitz)), c.bounds(greatest)
+        return State(x0, aux={"kappa": kappas, "bound": bounds})  # of an accepted stage, of a feedback
 
     def propagation(self, problem: Problem, x_a: Tensor) -> Tensor:
         """``x_F = F(x_A)``.  Eq: PODM (3)."""
@@ -149,9 +160,11 @@ class PODM:
             "accepted": done.to(torch.float64),
             "tries": tries,
             "residual": norm_items(error),
-            "kappa": torch.where(back, state.aux["kappa_feedback"], state.aux["kappa"]).to(torch.float64),
             "subgradient": norm_items(xi),
         }
+        for name in ("kappa", "bound"):  # in float64: torch.where of two numbers would round them to float32
+            both = torch.tensor(state.aux[name], dtype=torch.float64, device=x.device)
+            record[name] = both[back.long()]
         return state.next(kept), record
 
 
