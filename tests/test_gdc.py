@@ -142,7 +142,7 @@ def test_penalties_grow_up_to_their_cap():
 
 @pytest.mark.parametrize("name, kinds", [("GM", "CG"), ("GD", "CGD"), ("GC", "CGC"), ("GDC", "CGDC")])
 def test_the_schemes_are_the_data_step_and_the_modules_of_their_name(problem, batch, name, kinds):
-    """Eq: GDC Table III."""
+    """Eq: GDC (2), (4), (7), (9)."""
     modules = scheme(name, small_network(), small_classifier().potential, level, Penalty(0.1, 2.0))
     assert "".join(type(module).__name__[0] for module in modules) == kinds
     assert modules[0].partial and not any(getattr(m, "partial", False) for m in modules[1:])
@@ -307,7 +307,7 @@ def test_errata_without_sufficient_decrease_the_sequence_oscillates():
 
 
 def test_errata_plain_networks_leave_the_assumption_of_proposition_2():
-    """As gamma grows the plain network's move exceeds sqrt(c / gamma); the clipped one cannot.  Eq: GDC Proposition 2."""
+    """As gamma grows the plain network's move exceeds sqrt(c / gamma); the clipped one cannot.  Eq: GDC Condition 2."""
     network = instances.networks("conv", trained="podm-denoiser")["trained"]
     step, run = gdc.partially_run("denoise", "camera", SIZE, [Generative(network, lambda stage: 0.02)])
     assert run.trace["within"][0].item() == 1 and run.trace["within"][-1].item() == 0
@@ -331,7 +331,7 @@ def test_errata_a_constant_gamma_does_not_settle():
 
 
 def test_every_kind_of_network_keeps_the_certificates():
-    """Eq: GDC Proposition 1, Proposition 2."""
+    """Eq: GDC (1), Proposition 1, Proposition 2."""
     assert "podm-denoiser" in weights.cards()
     for kind, network in instances.networks("conv", trained="podm-denoiser").items():
         problem = gdc.defined("blur", "coins", SIZE, 0.8)

@@ -120,7 +120,8 @@ def scheme(
 ) -> list[Module]:
     """The stage of ``GM``, ``GD``, ``GC`` or ``GDC``: the data step (7), then G, then D and C as the name says.
 
-    ``classifier`` is not used by GM and GC.  C is (6) where the problem has a prior.  Eq: GDC Table III.
+    ``classifier`` is not used by GM and GC.  C is (6) where the problem has a prior.  The names are those of the paper's
+    Table III.  Eq: GDC (2), (4), (7), (9).
     """
     if name not in ("GM", "GD", "GC", "GDC"):
         raise ValueError(f"name: expected GM, GD, GC or GDC, got {name!r}")
@@ -134,7 +135,7 @@ def scheme(
 
 @dataclass
 class Cascade:
-    """The stages one after another, nothing checked and nothing recorded.  Eq: GDC Table III, Table IV."""
+    """The stages one after another, nothing checked and nothing recorded.  Eq: GDC (9)."""
 
     modules: Sequence[Module]
 
@@ -220,7 +221,7 @@ class PartiallyDefined:
     ``radius`` = sqrt(c / gamma_t); ``within``, 1 where the network met the assumption without the clip; ``data_step`` =
     ||u_c - u_d||.
 
-    Eq: GDC Algorithm 2, (7).
+    Eq: GDC Algorithm 2, Condition 2, (7).
     """
 
     modules: Sequence[Module]

@@ -43,7 +43,7 @@ def data(task: str, name: str, size: int, delta: float = 0.0) -> LeastSquares:
 
 
 def defined(task: str, name: str, size: int, p: float, delta: float = 0.0) -> Problem:
-    """``Psi(u) = ||A u - y||^2 + lambda ||W u||_p^p`` with the three-level Haar transform W.  Eq: GDC (1), Table I."""
+    """``Psi(u) = ||A u - y||^2 + lambda ||W u||_p^p`` with the three-level Haar transform W.  Eq: GDC (1)."""
     return Problem(data(task, name, size, delta), Analysis(Wavelet("haar", 3), Lp(p, WEIGHT[p])))
 
 
