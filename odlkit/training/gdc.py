@@ -169,7 +169,7 @@ def _finish(net: CascadeNet, out: Path, name: str, record: dict, about: dict) ->
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
 
 
-def deblur(out: Path, resume: bool, scheme: str, steps: int = 3000, width: int = 64, stages: int = 5) -> None:
+def deblur(out: Path, resume: bool, scheme: str, steps: int = 2600, width: int = 64, stages: int = 5) -> None:
     """One scheme for deblurring with a known kernel: random kernels, 0.5 to 12% noise, log-uniform."""
     net, device, name = start(out, resume, scheme, width, stages=stages), best_device(), f"gdc-deblur-{scheme.lower()}"
     train, held = _pictures()
@@ -218,7 +218,7 @@ def colours() -> list[Tensor]:
     return [picture for picture in pictures if picture.shape[1] == 3]
 
 
-def inpaint(out: Path, resume: bool = False, steps: int = 2400, width: int = 64, stages: int = 5) -> None:
+def inpaint(out: Path, resume: bool = False, steps: int = 2000, width: int = 64, stages: int = 5) -> None:
     """GDC for interpolation in colour: 10 to 90% of the pixels missing at random, or text; no noise.
 
     Of each batch two are colour pictures, one is a gray one in three equal channels.
