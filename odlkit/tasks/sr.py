@@ -35,12 +35,12 @@ MARGIN = 8  # low-resolution pixels that the grid is larger than the picture, at
 
 # Settings, chosen on the last pictures of train400 (`odlkit bench podm-sr-weights`).
 POWER, LEVELS = 0.8, 3  # of the energy: p, and the levels of Haar's wavelet
-LAMBDA = 1e-5  # its weight: the best for FISTA
+LAMBDA = {2: 1e-5, 3: 1e-6, 4: 1e-7}  # its weight for each scale: the best for FISTA after bicubic reduction
 STEPS = 24  # of FISTA, and of PODM with its start
-START_STAGES, START_PENALTY, START_LEVELS = 8, 0.01, (0.1, 0.01)  # PODM's learned start
-PENALTY, SHARE, LENGTH, HALVINGS = 3.0, 0.95, 1e-3, 2  # mu / L, c's share, part of the network's move, half-moves
+START_STAGES, START_PENALTY, START_LEVELS = 8, 0.01, (0.03, 0.02)  # PODM's learned start
+PENALTY, SHARE, LENGTH, HALVINGS = 3.0, 0.95, 1e-2, 2  # mu / L, c's share, part of the network's move, half-moves
 NETWORK_LEVEL = 0.003  # alpha of the controlled stages
-PNP_STAGES, PNP_SIGMA, PNP_LEVELS = 8, 0.003, (0.1, 0.005)
+PNP_STAGES, PNP_SIGMA, PNP_LEVELS = 8, 0.003, (0.05, 0.01)
 RPODM_SIGMA = 0.01  # the noise level that the network was trained to be told
 
 
@@ -76,7 +76,7 @@ def super_resolve(
         "device": str(y.device),
         "input": {"shape": list(y.shape), "kernel": list(kernel.shape)},
         "output": {"shape": list(x.shape)},
-        "settings": {"scale": scale, "lambda": LAMBDA if model in ("fista", "podm") else None},
+        "settings": {"scale": scale, "lambda": LAMBDA[scale] if model in ("fista", "podm") else None},
         "notes": notes,
         "versions": versions(),
     }
@@ -174,12 +174,13 @@ def extend(y: Tensor, scale: int, kernel: Tensor) -> tuple[Tensor, tuple[slice, 
 # The models: each runs on a periodic grid.
 
 
-def energy(operator: BlurDecimate, y: Tensor, weight: float = LAMBDA) -> Problem:
-    """``||A x - y||^2 + weight ||W x||_0.8^0.8`` with Haar's orthonormal W, three levels.
+def energy(operator: BlurDecimate, y: Tensor, weight: float | None = None) -> Problem:
+    """``||A x - y||^2 + weight ||W x||_0.8^0.8`` with Haar's orthonormal W, three levels; the weight defaults to `LAMBDA`.
 
     In the coefficients ``a = W x`` it is ``||D a - y||^2 + weight ||a||_p^p`` with ``D = A W^T``: the same iterates.
     Eq: PODM section 5.1.
     """
+    weight = LAMBDA[operator.decimation.factor] if weight is None else weight
     return Problem(LeastSquares(operator, y, 2.0), Analysis(Wavelet("haar", LEVELS), Lp(POWER, weight)))
 
 
@@ -212,7 +213,7 @@ def shortened(network: Network, length: float) -> Network:
     return lambda x, level: torch.lerp(x, network(x, level), length)
 
 
-def podm_setup(operator: BlurDecimate, y: Tensor, weight: float = LAMBDA) -> tuple[LearnedStart, Problem, Tensor]:
+def podm_setup(operator: BlurDecimate, y: Tensor, weight: float | None = None) -> tuple[LearnedStart, Problem, Tensor]:
     """Certified PODM with its learned start, its energy, and the interpolation that it begins from."""
     network, problem = weights.load("podm-denoiser").to(y), energy(operator, y, weight)
     constants = Constants.for_lipschitz(problem.lipschitz, PENALTY, SHARE)
@@ -233,8 +234,14 @@ def controlled(trace: Trace, stages: int) -> Trace:
 def _podm(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
     step, problem, start = podm_setup(operator, y)
     result = propagate(step, problem, start, steps=max(steps or STEPS, step.stages + 1), progress=progress)
-    judged = proposition_1(replace(result, trace=controlled(result.trace, step.stages)), step.solver.constants)
-    return Outcome(result.x, result, judged | {"unchecked_stages": step.stages, "share_of_the_networks_move": LENGTH})
+    return Outcome(result.x, result, judged(result, step))
+
+
+def judged(result: Result, step: LearnedStart) -> dict[str, Any]:
+    """Proposition 1 on the controlled stages of a run."""
+    checked = replace(result, trace=controlled(result.trace, step.stages))
+    about = {"unchecked_stages": step.stages, "share_of_the_networks_move": LENGTH}
+    return proposition_1(checked, step.solver.constants) | about
 
 
 def _rpodm(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
