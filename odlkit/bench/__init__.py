@@ -10,6 +10,9 @@ PLACES = {
     "padnet-table-2": "odlkit.bench.padnet_deblur:table_2",
     "padnet-set3c": "odlkit.bench.padnet_deblur:set3c",
     "deblur-weights": "odlkit.bench.padnet_deblur:tune",
+    "podm-table-1": "odlkit.bench.podm_sr:table_1",
+    "podm-figure-2": "odlkit.bench.podm_sr:figure_2",
+    "podm-sr-weights": "odlkit.bench.podm_sr:tune",
 }
 
 
