@@ -12,8 +12,17 @@ from odlkit.propagate import PropagationError
 from odlkit.tasks import deblur as task
 from odlkit.tasks.deblur import MODELS, deblur, estimate_noise, extend, good_size
 
-trained = pytest.mark.skipif("padnet-image" not in weights.cards(), reason="the network padnet-image is not installed")
+NETWORKS = {"ipadnet": "padnet-image", "epadnet": "padnet-image", "rpodm": "rpodm-deblur", "podm": "podm-denoiser"}
 CLASSICAL = ["tv", "l08", "fista-wavelet"]
+
+
+def needs(model):
+    """Skip where the network of a model is not installed."""
+    network = NETWORKS.get(model)
+    return pytest.mark.skipif(bool(network) and network not in weights.cards(), reason=f"{network} is not installed")
+
+
+trained = needs("ipadnet")
 KEYS = {
     "task", "model", "status", "iterations", "seconds", "device", "energies", "certificate", "accepted", "rejected", "input",
     "output", "versions",
@@ -59,13 +68,16 @@ def test_noise_is_estimated_on_a_blurred_picture():
     assert abs(estimate_noise(y) - 0.02) < 0.003
 
 
-@trained
+@pytest.mark.parametrize(
+    "model, gain", [pytest.param(name, 5 if name == "podm" else 6, marks=needs(name)) for name in NETWORKS]
+)
 @pytest.mark.parametrize("name", ["camera", "astronaut"])
-def test_restoring_gains_six_decibels(name):
+def test_restoring_gains_six_decibels(name, model, gain):
+    """(Five for controlled PODM, whose network was trained for denoising alone.)"""
     x, y = photograph(name, motion(9, 14), 200)
-    restored, report = deblur(y, motion(9, 14), 0.01)
-    assert psnr(restored, x).item() >= psnr(y, x).item() + 6
-    assert report["certificate"]["holds"] is True
+    restored, report = deblur(y, motion(9, 14), 0.01, model)
+    assert psnr(restored, x).item() >= psnr(y, x).item() + gain
+    assert report["certificate"]["holds"] is (None if model == "rpodm" else True)
 
 
 @trained
@@ -78,7 +90,7 @@ def test_restoring_gains_six_decibels_on_measured_kernels():
     assert sum(gains) / len(gains) >= 6
 
 
-@pytest.mark.parametrize("model", [*(pytest.param(name, marks=trained) for name in ("ipadnet", "epadnet")), *CLASSICAL])
+@pytest.mark.parametrize("model", [pytest.param(name, marks=needs(name)) for name in MODELS])
 def test_every_model_sharpens_and_reports(model, device):
     x, y = photograph("astronaut", motion(5, 8), 96)
     restored, report = deblur(y.to(device), motion(5, 8), 0.01, model)
@@ -92,14 +104,17 @@ def test_every_model_sharpens_and_reports(model, device):
     json.dumps(report, allow_nan=False)
     if model == "ipadnet":
         assert report["energies"] == [] and report["accepted"] is None and report["certificate"]["margin"] > 0
+    elif model == "rpodm":
+        assert report["energies"] == [] and report["accepted"] is None and report["certificate"]["holds"] is None
+        assert restored.min() >= 0 and restored.max() <= 1  # what the box guarantees
     else:
         assert len(report["energies"]) == report["iterations"] + 1 and report["energies"][-1] < report["energies"][0]
 
 
-@trained
-def test_explicit_padnet_counts_its_decisions_and_descends():
+@pytest.mark.parametrize("model", [pytest.param(name, marks=needs(name)) for name in ("epadnet", "podm")])
+def test_a_controlled_model_counts_its_decisions_and_descends(model):
     _, y = photograph("camera", motion(5, 8), 96, gray=True)
-    _, report = deblur(y, motion(5, 8), 0.01, "epadnet", steps=12)
+    _, report = deblur(y, motion(5, 8), 0.01, model, steps=12)
     assert report["accepted"] + report["rejected"] == report["iterations"] <= 12
     assert report["certificate"]["holds"] and report["certificate"]["margin"] >= 0 and report["certificate"]["kappa"] > 0
     assert all(b <= a for a, b in zip(report["energies"], report["energies"][1:], strict=False))
@@ -172,24 +187,24 @@ BAD = {
     "model: .* got 'none'": (torch.zeros(1, 1, 20, 20), SMALL, {"model": "none"}),
     "boundary: .* got 'zero'": (torch.zeros(1, 1, 20, 20), SMALL, {"boundary": "zero"}),
     "tile: .* got 3": (torch.zeros(1, 1, 20, 20), SMALL, {"tile": 3}),
-    "boundary: fista-wavelet": (
-        torch.zeros(1, 1, 20, 20),
-        SMALL,
-        {"sigma": 0.1, "model": "fista-wavelet", "boundary": "circular"},
-    ),  # fmt: skip
-}
+    **{f"boundary: {model}": (torch.zeros(1, 1, 20, 20), SMALL, {"sigma": 0.1, "model": model, "boundary": "circular"})
+       for model in ("fista-wavelet", "podm")},
+    "boundary: rpodm": (torch.zeros(1, 1, 8, 20), SMALL, {"sigma": 0.1, "model": "rpodm", "boundary": "circular"}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments_are_named(message):
     y, kernel, arguments = BAD[message]
+    if NETWORKS.get(arguments.get("model"), "padnet-image") not in weights.cards():
+        pytest.skip("its network is not installed")
     with pytest.raises(ValueError, match=f"^{message}"):
         deblur(y, kernel, **arguments)
 
 
 def test_degenerate_pictures_come_back_finite():
     for y in (torch.zeros(1, 1, 3, 3), torch.ones(1, 1, 5, 40), torch.full((1, 3, 9, 4), 0.5)):
-        for model in [*CLASSICAL, *(["ipadnet"] if "padnet-image" in weights.cards() else [])]:
+        for model in [name for name in MODELS if NETWORKS.get(name, "") in {"", *weights.cards()}]:
             restored, _ = deblur(y, SMALL, 0.01, model, steps=8)
             assert restored.shape == y.shape and (restored - y).abs().max() < 0.3
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from odlkit import data
 from odlkit.models.podm import Relaxed, RelaxedNet
-from odlkit.networks import ConvUnit, LearnedMetric
+from odlkit.networks import LearnedMetric
 from odlkit.operators import Blur, BlurDecimate, FilterBank
 from odlkit.priors import Box, SparseBox
 from odlkit.problem import LeastSquares, Problem, norm_items

@@ -125,7 +125,7 @@ def extend(y: Tensor, kernel: Tensor, fill: float = FILL) -> tuple[Tensor, tuple
     conjugate gradients; outside the picture the new data are ``k * u``, inside they are ``y``.
     """
     (height, width), (h, w) = y.shape[-2:], kernel.shape
-    tall, wide = good_size(height + h - 1), good_size(width + w - 1)
+    tall, wide = (good_size(max(n, 16)) for n in (height + h - 1, width + w - 1))  # 16: room for a learned metric
     top, left = (tall - height) // 2, (wide - width) // 2
     window = (slice(top, top + height), slice(left, left + width))
     start = nnf.pad(y, (left, wide - width - left, top, tall - height - top), mode="replicate")

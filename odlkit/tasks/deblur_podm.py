@@ -23,9 +23,10 @@ from odlkit.solvers import PlugAndPlay, tikhonov
 from odlkit.tasks.report import Outcome
 
 # Settings of the controlled model, chosen on the last twelve images of train400 with random kernels.
-LEVELS, FACTOR = 3, 9.0  # Haar levels; lambda = FACTOR sigma^2
-START, FIRST = 8, 0.2  # stages of the start, and the noise level of the first
-HALVINGS, STOP, STEPS = 4, 1e-3, 20  # half-moves tried before the feedback, relative change at which it stops, most stages
+LEVELS, FACTOR = 3, 3.0  # Haar levels; lambda = FACTOR sigma^2
+START, FIRST, TRUST = 8, 0.2, 0.25  # stages of the start, the noise level of the first, and their weight against the data
+LATER, HALVINGS = 0.5, 4  # level of the controlled stages in units of sigma, half-moves tried before the feedback
+STOP, STEPS = 5e-4, 12  # relative change at which it stops, and the most stages
 RELAXED_START = 100.0  # as in training: the smooth solution with this times sigma^2 is where relaxed PODM begins
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
@@ -37,6 +38,9 @@ def rpodm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool
     Eq: PODM section 5.2.
     """
     net: Any = weights.load("rpodm-deblur").to(z)
+    least = 2 * net.config["size"] - 1  # side of the kernel of W^T W
+    if min(z.shape[-2:]) < least:
+        raise ValueError(f"boundary: rpodm with circular expects sides of at least {least} pixels")
     problem = Problem(LeastSquares(blur, z, 2.0), Box(0.0, 1.0))
     start = tikhonov(blur, z, RELAXED_START * sigma**2)
     result = propagate(Relaxed(net, sigma), problem, start, steps=steps or len(net), energy=False, progress=progress)
@@ -51,9 +55,9 @@ def rpodm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool
 def podm_setup(z: Tensor, blur: Blur, sigma: float, factor: float = FACTOR) -> tuple[PODM, Problem, Tensor]:
     """The step, the energy ``||A x - z||^2 + lambda ||W x||_0.8^0.8``, W the Haar transform, and the start.
 
-    The coarse band is not penalised.  The optimality error accepts moves of about a proximal-gradient step's length, so what
-    the network knows has to be in the start: stages ``x = A(F(x))`` at falling noise levels with nothing checked, whose F has
-    the weight ``mu = 2 (sigma / alpha)^2`` that noise of level alpha in ``x_A`` asks for.
+    The coarse band is not penalised.  The optimality error accepts moves of about a proximal-gradient step's length, so
+    what the network knows has to be in the start: stages ``x = A(F(x))`` at falling noise levels, nothing checked, whose F
+    has the weight ``mu = 2 TRUST (sigma / alpha)^2``, a part of what noise of level alpha in ``x_A`` would ask for.
     """
     network = weights.load("podm-denoiser").to(z)
     levels = torch.full_like(z[:1], factor * sigma**2)
@@ -63,9 +67,9 @@ def podm_setup(z: Tensor, blur: Blur, sigma: float, factor: float = FACTOR) -> t
     constants.check(problem.lipschitz)
     schedule = Schedule.between(max(FIRST, sigma), sigma, START)
     unchecked = PlugAndPlay(network, schedule.rho0, schedule.growth)
-    likelihood = Problem(LeastSquares(blur, z, 1 / sigma**2))
+    likelihood = Problem(LeastSquares(blur, z, 1 / (TRUST * sigma**2)))
     start = propagate(unchecked, likelihood, z, steps=START).x
-    return PODM([network], constants, levels=lambda stage: sigma, halvings=HALVINGS), problem, start
+    return PODM([network], constants, levels=lambda stage: LATER * sigma, halvings=HALVINGS), problem, start
 
 
 def podm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
