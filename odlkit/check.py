@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odlkit.models import podm
 from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
 from odlkit.operators import Blur, Decimation, Gradient, Identity
 from odlkit.priors import Lp
@@ -300,3 +301,76 @@ def deconv_3(discrepancy):
         yield "near 1 at the truth", ((d - 1).abs() < 0.15).all(), f"Got {d.tolist()}: divide by n sigma^2, n of one image."
         mixed = discrepancy(A, x, torch.stack([noisy[0], exact[1]]), sigma)
         yield "0 for exact data", mixed[1] < 1e-12, "The second image has no noise, the first one has: do not mix images."
+
+
+@exercise
+def podm_1(psi):
+    """``psi(f, H, x, x_f, x_g, mu, tau)``: PODM's optimality error, like ``x``; H, a function, is any symmetric map."""
+    for randn in draws():
+        problem, x = problem_of(randn)
+        f, (mu, tau), x_f = problem.fidelity, (randn(2).abs() + 0.2).tolist(), randn(*x.shape)
+        x_g, e = Explicit([], Constants(mu, tau, 1.0)).correct(problem, x, x_f)
+        scalar = psi(f, lambda z, mu=mu: mu / 2 * z, x, x_f, x_g, mu, tau)
+        yield like(scalar, x)
+        yield "PADNet's error for H = mu I / 2", torch.allclose(scalar, e), "Count the factors 1/2 of mu."
+
+        def H(z):
+            return 0.7 * z - z.roll(1, -1) - z.roll(-1, -1)
+
+        u = psi(f, H, x, x_f, x_g, mu, tau) - f.grad(x_g) - mu / 2 * (x_g - x) - H(x_g - x)
+        gap = (u - 0.05 * x_g.sign())[x_g != 0].abs().max()
+        yield "subgradient", gap < 1e-9, "psi - grad f(x_G) - (mu/2 I + H)(x_G - x) is no subgradient of R: where is H?"
+
+
+@exercise
+def podm_2(feedback):
+    """``feedback(problem, x, x_g, psi, c, tau)``: the next iterates, x_G where (5) holds, else proximal gradient from x."""
+    for randn in draws():
+        problem, x = problem_of(randn)
+        tau, x_g, c = 0.5 / problem.lipschitz, randn(*x.shape), 0.7
+        back = problem.prox_prior(x - tau * problem.fidelity.grad(x), tau)
+        small, large = 0.6 * (x_g - x), 0.8 * (x_g - x)
+        kept = feedback(problem, x, x_g, small, c, tau)
+        yield like(kept, x)
+        yield "keeps x_G", torch.equal(kept, x_g), "||psi|| = 0.6 ||x_G - x|| and c = 0.7: keep it."
+        fed = feedback(problem, x, x_g, large, c, tau)
+        yield (
+            "feeds back",
+            torch.allclose(fed, back),
+            "||psi|| = 0.8 ||x_G - x||: step from x, not from x_G.",
+        )
+        mixed = feedback(problem, x, x_g, torch.stack([10 * large[0], small[1]]), c, tau)
+        yield "judges each image", torch.allclose(mixed, torch.stack([back[0], x_g[1]])), "One image is refused, one kept."
+        lost = feedback(problem, x, x_g * torch.nan, small * torch.nan, c, tau)
+        yield "refuses NaN", torch.allclose(lost, back), "A comparison with NaN is false: ask for <=, do not negate >."
+
+
+@exercise
+def podm_3(choose):
+    """``choose(L)``: numbers ``(mu, tau, c, tau_0)`` for which both branches of PODM descend, H = mu I / 2."""
+    for randn in draws():
+        for L in (randn(20).abs() + 0.1).tolist():
+            values = [float(value) for value in choose(L)]
+            yield "four positive numbers", len(values) == 4 and min(values) > 0, f"L = {L:.2f}: got {values}."
+            constants = podm.Constants(*values)
+            kept, fed = constants.accepted(), constants.fed_back(L)
+            yield "kept stages descend", kept > 0, f"L = {L:.2f}: mu - 1/(2 tau) - c = {kept:.3g} is not positive."
+            yield "fed-back stages descend", fed > 0, f"L = {L:.2f}: 1/(2 tau_0) - L/2 = {fed:.3g} is not positive."
+            yield "tolerant", constants.tolerance >= constants.penalty / 4, f"L = {L:.2f}: c is below mu / 4."
+
+
+@exercise
+def podm_thm_1(gap):
+    """``gap(x_new, s, z, tau)``: one upper bound of ``F(x_new) - F(z)`` an image; ``x_new`` left the proximal map of step tau."""
+    for randn, p in zip(draws(), (0, 0.5, 1), strict=True):
+        problem, x = problem_of(randn, p)
+        for tau in (0.05, 0.3, 2.0):
+            new = problem.prox_prior(x, tau)
+            s = problem.fidelity.grad(new) + (x - new) / tau
+            for z in (x, new + 0.1 * randn(*x.shape), 0 * x):
+                got, d = gap(new, s, z, tau), new - z
+                yield like(got, problem.energy(new))
+                above = problem.energy(new) - problem.energy(z)
+                yield "bounds the gap", (got >= above - 1e-9).all(), "A nonconvex prior costs a square of the distance."
+                most = norm_items(s) * norm_items(d) + norm_items(d) ** 2 / (2 * tau)
+                yield "not too large", (got <= most * (1 + 1e-9)).all(), "It is <s, d> + ||d||^2 / (2 tau), d = x_new - z."
