@@ -171,19 +171,35 @@ class PODM:
 class RelaxedNet(nn.Module):
     """The weights of relaxed PODM: for each stage a network A, a metric H and the step gamma of its optimality module.
 
+    With more ``stages`` than ``units``, neighbouring stages share a network; each keeps its own metric and step.
     ``x_A = x - alpha A(x, alpha)`` with levels alpha falling from ``first`` to ``last`` (None: the noise level itself).
     Eq: PODM section 4.2, theta_A and theta_H.
     """
 
-    def __init__(self, units: Sequence[dict], first: float = 0.2, last: float | None = None, size: int = 5):
+    def __init__(self, units: Sequence[dict], first: float = 0.2, last: float | None = None, size: int = 5, stages: int = 0):
         super().__init__()
+        stages = stages or len(units)
         self.networks = nn.ModuleList(ConvUnit(**config) for config in units)
-        self.metrics = nn.ModuleList(LearnedMetric(size) for _ in units)
-        self.log_steps = nn.Parameter(torch.full((len(units),), -3.0))
-        self.config = {"units": list(units), "first": first, "last": last, "size": size}
+        self.metrics = nn.ModuleList(LearnedMetric(size) for _ in range(stages))
+        self.log_steps = nn.Parameter(torch.full((stages,), -3.0))
+        self.config = {"units": list(units), "first": first, "last": last, "size": size, "stages": stages}
 
     def __len__(self) -> int:
-        return len(self.networks)
+        return len(self.metrics)
+
+    def network(self, stage: int) -> nn.Module:
+        """A of one stage."""
+        return self.networks[stage * len(self.networks) // len(self)]
+
+    def stretched(self, stages: int) -> RelaxedNet:
+        """The same networks for more stages; each takes metric and step of the stage at its place."""
+        net = RelaxedNet(**(self.config | {"stages": stages})).to(self.log_steps.device)
+        places = [stage * len(self) // stages for stage in range(stages)]
+        net.networks.load_state_dict(self.networks.state_dict())
+        for metric, place in zip(net.metrics, places, strict=True):
+            metric.load_state_dict(self.metrics[place].state_dict())
+        net.log_steps.data.copy_(self.log_steps.data[places])
+        return net
 
 
 @dataclass
@@ -208,7 +224,7 @@ class Relaxed:
     def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
         x, sigma = state.x, state.aux["sigma"]
         stage = min(state.k, len(self.net) - 1)
-        network, metric = self.net.networks[stage], self.net.metrics[stage]
+        network, metric = self.net.network(stage), self.net.metrics[stage]
         alpha = torch.as_tensor(state.aux["alpha"](stage)[1], dtype=x.dtype, device=x.device).expand(len(x), 1, 1, 1)
         gamma = self.net.log_steps[stage].exp()
         x_a = (x - alpha * network(x, alpha)).to(x.dtype)
