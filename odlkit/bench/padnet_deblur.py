@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from odlkit.tasks import deblur as task
 from odlkit.training.kernels import random_kernel
 
 SIGMA, SEEDS, STEPS = 0.01, (0, 1, 2), 30
+MODELS = ("ipadnet", "epadnet", "tv", "l08", "fista-wavelet")
 PAPER = {"tv": [29.38, 0.88], "epadnet": [33.41, 0.95], "ipadnet": [33.37, 0.95]}
 
 
@@ -65,33 +66,21 @@ def on_shared_energy(blur: Blur, y: Tensor, truth: Tensor, steps: int = STEPS) -
     }
 
 
-def set3c(progress: bool = False) -> dict[str, Any]:
-    """Mean PSNR on set3c for each Levin kernel, circular, 1% noise; EPADNet, ADMM and HQS iteration by iteration."""
-    clock = time.monotonic()
-    truth = torch.cat(data.images("set3c"))
-    kernels = data.levin_kernels()
-    scores: dict[str, list[list[Tensor]]] = {name: [] for name in ("blurred", *task.MODELS)}
-    paths: dict[str, list[Tensor]] = defaultdict(list)
-    accepted, whole = [], []
-    for seed, kernel in _cases(SEEDS, kernels, "set3c", progress):
+def scores(models: Sequence[str], suite: str, progress: bool = False) -> dict[str, Tensor]:
+    """PSNR on set3c for each Levin kernel, circular, 1% noise: model -> ``(seeds, kernels, images)``, and ``blurred``."""
+    truth, kernels = torch.cat(data.images("set3c")), data.levin_kernels()
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for seed, kernel in cases(SEEDS, kernels, suite, progress):
         blur, y = observe(truth, kernel, seed)
-        if kernel is kernels[0]:
-            for by_seed in scores.values():
-                by_seed.append([])
-        scores["blurred"][-1].append(psnr(y, truth))
-        for name, model in task.MODELS.items():
-            scores[name][-1].append(psnr(model.run(y, blur, SIGMA, None, False).x, truth))
-        traces = on_shared_energy(blur, y, truth)
-        for name, trace in traces.items():
-            paths[name].append(trace["psnr"])
-        kept, tries = traces["epadnet"]["accepted"], traces["epadnet"]["tries"]
-        accepted.append(kept)
-        whole.append(kept * (tries == 1))
-    # each (seeds, kernels, images)
-    table = {name: torch.stack([torch.stack(row) for row in by_seed]) for name, by_seed in scores.items()}
-    means = {name: torch.stack(runs).mean((0, 2)) for name, runs in paths.items()}  # (steps,)
-    best = max((n for n in table if n not in ("blurred", "ipadnet", "epadnet")), key=lambda n: table[n].mean().item())
-    rows: list[dict[str, Any]] = [
+        found["blurred"].append(psnr(y, truth))
+        for name in models:
+            found[name].append(psnr(task.MODELS[name].run(y, blur, SIGMA, None, False).x, truth))
+    return {name: torch.stack(rows).view(len(SEEDS), len(kernels), -1) for name, rows in found.items()}
+
+
+def rows_of(table: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """The rows of a record, from `scores`."""
+    return [
         {
             "method": name,
             "psnr": round(t.mean().item(), 3),
@@ -100,9 +89,27 @@ def set3c(progress: bool = False) -> dict[str, Any]:
         }
         for name, t in table.items()
     ]
+
+
+def set3c(progress: bool = False) -> dict[str, Any]:
+    """Mean PSNR on set3c for each Levin kernel, circular, 1% noise; EPADNet, ADMM and HQS iteration by iteration."""
+    clock = time.monotonic()
+    table = scores(MODELS, "set3c", progress)
+    truth = torch.cat(data.images("set3c"))
+    paths: dict[str, list[Tensor]] = defaultdict(list)
+    accepted, whole = [], []
+    for seed, kernel in cases(SEEDS, data.levin_kernels(), "shared energy", progress):
+        traces = on_shared_energy(*observe(truth, kernel, seed), truth)
+        for name, trace in traces.items():
+            paths[name].append(trace["psnr"])
+        kept, tries = traces["epadnet"]["accepted"], traces["epadnet"]["tries"]
+        accepted.append(kept)
+        whole.append(kept * (tries == 1))
+    means = {name: torch.stack(runs).mean((0, 2)) for name, runs in paths.items()}  # (steps,)
+    best = max((n for n in table if n not in ("blurred", "ipadnet", "epadnet")), key=lambda n: table[n].mean().item())
     return {
         "claim": "set3c, gray, eight Levin kernels, circular, 1% noise: mean PSNR in dB",
-        "rows": rows,
+        "rows": rows_of(table),
         "best_classical": best,
         "ipadnet_above_best_classical": round((table["ipadnet"] - table[best]).mean().item(), 3),
         "shared_energy": {
@@ -117,36 +124,48 @@ def set3c(progress: bool = False) -> dict[str, Any]:
     } | provenance("padnet-set3c", ("set3c", "levin09_kernels"), SEEDS, ("padnet-image",))
 
 
-def table_2(progress: bool = False) -> dict[str, Any]:
-    """PSNR and SSIM up to shift on Levin's real captures: unknown boundary, noise level estimated from each picture."""
-    clock = time.monotonic()
+def captures(
+    models: Sequence[str], paper: dict, suite: str, progress: bool = False
+) -> tuple[list[dict[str, Any]], list[dict]]:
+    """PSNR, SSIM and seconds on Levin's real captures: the rows of a record, and the reports of all runs.
+
+    Unknown boundary, noise level estimated from each picture, scores up to shift.
+    """
     pairs = data.levin_pairs()
-    methods = ("tv", "l08", "epadnet", "ipadnet")
-    scores: dict[str, list[list[float]]] = {name: [] for name in ("blurred", *methods)}
-    decisions = []
-    for pair, name in _cases(pairs, methods, "padnet-table-2", progress):
-        if name == methods[0]:
-            scores["blurred"].append(_up_to_shift(pair.blurry, pair.sharp))
+    found: dict[str, list[list[float]]] = {name: [] for name in ("blurred", *models)}
+    reports = []
+    for pair, name in cases(pairs, models, suite, progress):
+        if name == models[0]:
+            found["blurred"].append([*_up_to_shift(pair.blurry, pair.sharp), 0.0])
         x, report = task.deblur(pair.blurry, pair.kernel, None, model=name)
-        scores[name].append(_up_to_shift(x, pair.sharp))
-        if report["accepted"] is not None:
-            decisions.append(report["accepted"] / (report["accepted"] + report["rejected"]))
+        found[name].append([*_up_to_shift(x, pair.sharp), report["seconds"]])
+        reports.append(report)
     rows = []
-    for name, values in scores.items():
-        both = torch.tensor(values, dtype=torch.float64)
+    for name, values in found.items():
+        columns = torch.tensor(values, dtype=torch.float64)  # (pairs, 3)
         rows.append(
             {
                 "method": name,
-                "psnr": round(both[:, 0].mean().item(), 2),
-                "ssim": round(both[:, 1].mean().item(), 3),
-                "psnr_spread_over_pairs": round(both[:, 0].std().item(), 2),
-                "paper": PAPER.get(name),
+                "psnr": round(columns[:, 0].mean().item(), 2),
+                "ssim": round(columns[:, 1].mean().item(), 3),
+                "psnr_spread_over_pairs": round(columns[:, 0].std().item(), 2),
+                "seconds": round(columns[:, 2].median().item(), 2),
+                "paper": paper.get(name),
             }
         )
+    return rows, reports
+
+
+def table_2(progress: bool = False) -> dict[str, Any]:
+    """PSNR and SSIM up to shift on Levin's real captures: unknown boundary, noise level estimated from each picture."""
+    clock = time.monotonic()
+    rows, reports = captures(("tv", "l08", "epadnet", "ipadnet"), PAPER, "padnet-table-2", progress)
+    shares = [r["accepted"] / (r["accepted"] + r["rejected"]) for r in reports if r["accepted"] is not None]
     return {
-        "claim": f"Levin et al., {len(pairs)} real captures at hand: PSNR in dB and SSIM, up to shift in quarter pixels",
+        "claim": f"Levin et al., {len(data.levin_pairs())} real captures at hand: PSNR in dB and SSIM, "
+        "up to shift in quarter pixels",
         "rows": rows,
-        "acceptance_rate": round(sum(decisions) / len(decisions), 3),
+        "acceptance_rate": round(sum(shares) / len(shares), 3),
         "seconds": round(time.monotonic() - clock),
         "why_they_differ": "the paper has 32 pairs and does not say how it set the noise level, the border and the weights; "
         "here 24 pairs, one network for every noise level, the level estimated, a border of 15 pixels left out",
@@ -190,7 +209,7 @@ def tune(progress: bool = False) -> dict[str, Any]:
     rows = []
     for name, grid in grids.items():
         found = {}
-        for factor, solve in _cases(list(grid), None, name, progress, grid):
+        for factor, solve in cases(list(grid), None, name, progress, grid):
             found[factor] = sum(psnr(solve(blur, y), truth).mean().item() for blur, y in cases) / len(cases)
         best = max(found, key=lambda factor: found[factor])
         rows.append({"method": name, "psnr": {str(f): round(v, 3) for f, v in found.items()}, "best": best})
@@ -205,7 +224,7 @@ def _solve(step: Step, problem: Problem, x0: Tensor) -> Tensor:
     return propagate(step, problem, x0, steps=task.CLASSICAL_STEPS, tol=task.TOLERANCE, energy=False).x
 
 
-def _cases(first, second, name: str, progress: bool, table: dict | None = None):
+def cases(first, second, name: str, progress: bool, table: dict | None = None):
     """Pairs of ``first x second`` (or ``(key, table[key])``) behind a progress bar."""
     from itertools import product
 
