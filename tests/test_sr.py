@@ -289,3 +289,19 @@ def test_tasks_and_models_are_listed():
     listing = odlkit("models").stdout
     assert listing.index("\nsr\n") < listing.index("  rpodm ", listing.index("\nsr\n")) and "  fista " in listing
     assert next(iter(MODELS)) == "rpodm" == super_resolve.__defaults__[0]
+
+
+@pytest.mark.parametrize("name", [model("podm")])
+def test_the_printed_constant_keeps_no_proposal(name):
+    """Eq: PODM section 5.1: mu = 0.01, the whole move of the network; a hundredth of it with the repaired mu is kept."""
+    from odlkit.bench.podm_sr import Case
+    from odlkit.models.podm import PODM, Constants
+
+    case = Case(data.sample("camera", 72), 3, "plain")
+    step, problem, start = task.podm_setup(case.operator, case.y)
+    printed = Constants(0.01, 0.95 / problem.lipschitz, 0.0049, 0.95 / problem.lipschitz)
+    assert printed.accepted() < 0
+    begun = propagate(step, problem, start, steps=step.stages).x
+    rates = [propagate(solver, problem, begun, steps=5).trace.acceptance_rate()
+             for solver in (PODM([step.network], printed, step.solver.levels), step.solver)]  # fmt: skip
+    assert rates == [0.0, 1.0]

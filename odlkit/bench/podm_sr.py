@@ -30,7 +30,7 @@ from odlkit.tasks import sr as task
 
 LONG = 60  # iterations of the long run of FISTA
 KINDS = ("bicubic", "plain")
-WEIGHTS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # lambda, the grid of the tuning
+WEIGHTS = (1e-6, 1e-5, 1e-4, 1e-3)  # lambda, the grid of the tuning
 LENGTHS = (1.0, 1e-1, 1e-2, 1e-3)  # parts of the network's move
 PENALTIES = (3.0, 6.0)  # mu / L
 HELD_OUT, CROP = 12, 120
@@ -102,7 +102,7 @@ class Case:
 
 
 def same_start(case: Case, steps: int, long: int = LONG) -> dict[str, Result]:
-    """The energy by PODM, by FISTA from the interpolation, and by FISTA from where PODM's control is switched on."""
+    """The energy by PODM, by FISTA from bicubic interpolation, and by FISTA from where PODM's control is switched on."""
     step, problem, start = task.podm_setup(case.operator, case.y)
     podm = case.run(step, problem, start, steps)
     podm.trace.start["holds"] = task.judged(podm, step)["holds"]
@@ -200,8 +200,9 @@ def _iteration_by_iteration(runs: dict[str, list[Result]], steps: int) -> dict[s
 
 
 def _settings() -> dict[str, Any]:
-    return {"p": task.POWER, "lambda": task.LAMBDA, "iterations": task.STEPS, "start": task.START_STAGES,
-            "mu / L": task.PENALTY, "part of the network's move": task.LENGTH}  # fmt: skip
+    weights_ = {"bicubic": task.LAMBDA, "plain, 2 / 3 / 4": list(task.LAMBDA_PLAIN.values())}
+    steps = {"iterations": task.STEPS, "start": task.START_STAGES}
+    return {"p": task.POWER, "lambda": weights_, "mu / L": task.PENALTY, "part of the network's move": task.LENGTH} | steps
 
 
 def figure_2(progress: bool = False, name: str = "butterfly", scale: int = 3, steps: int = LONG) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def tune(progress: bool = False) -> dict[str, Any]:
     truth = torch.cat([x[..., :CROP, :CROP] for x in data.images("train400")[-HELD_OUT::3]])
     for kind, scale in tqdm(list(product(KINDS, task.SCALES)), desc="podm-sr-weights", disable=not progress):
         case = Case(truth, scale, kind)
-        start = task.interpolate(case.operator, case.y)
+        start = task.bicubic(case.operator, case.y)
         found = {}
         for lam in WEIGHTS:
             problem = task.energy(case.operator, case.y, lam)

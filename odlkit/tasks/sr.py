@@ -30,12 +30,13 @@ from odlkit.tasks.deblur_podm import proposition_1
 from odlkit.tasks.report import Model, Outcome, good_size, summary, unit_kernel, versions
 
 SCALES = (2, 3, 4)
-SMOOTH = 1e-3  # weight of the smoothness in the interpolation that everything starts from
+SMOOTH = 1e-3  # weight of the smoothness in the interpolation that relaxed PODM starts from
 MARGIN = 8  # low-resolution pixels that the grid is larger than the picture, at least, on each side
 
 # Settings, chosen on the last pictures of train400 (`odlkit bench podm-sr-weights`).
 POWER, LEVELS = 0.8, 3  # of the energy: p, and the levels of Haar's wavelet
-LAMBDA = {2: 1e-5, 3: 1e-6, 4: 1e-7}  # its weight for each scale: the best for FISTA after bicubic reduction
+LAMBDA = 1e-6  # its weight where a blur goes before decimation: the best for FISTA, and the smallest tried
+LAMBDA_PLAIN = {2: 1e-5, 3: 1e-4, 4: 1e-4}  # where none does
 STEPS = 24  # of FISTA, and of PODM with its start
 START_STAGES, START_PENALTY, START_LEVELS = 8, 0.01, (0.03, 0.02)  # PODM's learned start
 PENALTY, SHARE, LENGTH, HALVINGS = 3.0, 0.95, 1e-2, 2  # mu / L, c's share, part of the network's move, half-moves
@@ -64,7 +65,8 @@ def super_resolve(
     kernel, notes = check(y, scale, model, kernel)
     gray = y if y.shape[1] == 1 else luma(y)
     z, window = extend(gray, scale, kernel)
-    outcome = MODELS[model].run(BlurDecimate(kernel, scale), z, scale, steps, progress)
+    operator = BlurDecimate(kernel, scale)
+    outcome = MODELS[model].run(operator, z, scale, steps, progress)
     x = outcome.x[(..., *window)]
     if y.shape[1] == 3:
         colours = enlarge(y, scale, kernel)
@@ -76,7 +78,7 @@ def super_resolve(
         "device": str(y.device),
         "input": {"shape": list(y.shape), "kernel": list(kernel.shape)},
         "output": {"shape": list(x.shape)},
-        "settings": {"scale": scale, "lambda": LAMBDA[scale] if model in ("fista", "podm") else None},
+        "settings": {"scale": scale, "lambda": default_weight(operator) if model in ("fista", "podm") else None},
         "notes": notes,
         "versions": versions(),
     }
@@ -156,6 +158,11 @@ def enlarge(y: Tensor, scale: int, kernel: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(planes)).to(y).view(*y.shape[:2], size[1], size[0])
 
 
+def bicubic(operator: BlurDecimate, y: Tensor) -> Tensor:
+    """`enlarge` for this operator: where the classical iterations, plug-and-play and certified PODM start."""
+    return enlarge(y, operator.decimation.factor, operator.blur.kernel)
+
+
 def extend(y: Tensor, scale: int, kernel: Tensor) -> tuple[Tensor, tuple[slice, slice]]:
     """``y`` continued by its border pixels to a periodic grid; and the window of the picture on the enlarged grid.
 
@@ -174,13 +181,18 @@ def extend(y: Tensor, scale: int, kernel: Tensor) -> tuple[Tensor, tuple[slice, 
 # The models: each runs on a periodic grid.
 
 
+def default_weight(operator: BlurDecimate) -> float:
+    """lambda as it was tuned for FISTA."""
+    return LAMBDA_PLAIN[operator.decimation.factor] if operator.blur.kernel.numel() == 1 else LAMBDA
+
+
 def energy(operator: BlurDecimate, y: Tensor, weight: float | None = None) -> Problem:
-    """``||A x - y||^2 + weight ||W x||_0.8^0.8`` with Haar's orthonormal W, three levels; the weight defaults to `LAMBDA`.
+    """``||A x - y||^2 + weight ||W x||_0.8^0.8`` with Haar's orthonormal W, three levels.
 
     In the coefficients ``a = W x`` it is ``||D a - y||^2 + weight ||a||_p^p`` with ``D = A W^T``: the same iterates.
     Eq: PODM section 5.1.
     """
-    weight = LAMBDA[operator.decimation.factor] if weight is None else weight
+    weight = default_weight(operator) if weight is None else weight
     return Problem(LeastSquares(operator, y, 2.0), Analysis(Wavelet("haar", LEVELS), Lp(POWER, weight)))
 
 
@@ -214,13 +226,13 @@ def shortened(network: Network, length: float) -> Network:
 
 
 def podm_setup(operator: BlurDecimate, y: Tensor, weight: float | None = None) -> tuple[LearnedStart, Problem, Tensor]:
-    """Certified PODM with its learned start, its energy, and the interpolation that it begins from."""
+    """Certified PODM with its learned start, its energy, and the bicubic interpolation that it begins from."""
     network, problem = weights.load("podm-denoiser").to(y), energy(operator, y, weight)
     constants = Constants.for_lipschitz(problem.lipschitz, PENALTY, SHARE)
     constants.check(problem.lipschitz)
     solver = PODM([shortened(network, LENGTH)], constants, lambda stage: NETWORK_LEVEL, halvings=HALVINGS)
     schedule = Schedule.between(*START_LEVELS, START_STAGES)
-    return LearnedStart(solver, network, schedule), problem, interpolate(operator, y)
+    return LearnedStart(solver, network, schedule), problem, bicubic(operator, y)
 
 
 def controlled(trace: Trace, stages: int) -> Trace:
@@ -256,18 +268,18 @@ def _pnp(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progr
     network, schedule = weights.load("podm-denoiser").to(y), Schedule.between(*PNP_LEVELS, PNP_STAGES)
     problem = Problem(LeastSquares(operator, y, PNP_SIGMA**-2))
     step = PlugAndPlay(network, schedule.rho0, schedule.growth)
-    result = propagate(step, problem, interpolate(operator, y), steps=steps or PNP_STAGES, progress=progress)
+    result = propagate(step, problem, bicubic(operator, y), steps=steps or PNP_STAGES, progress=progress)
     return Outcome(result.x, result, _none("plug-and-play has no energy and no check"))
 
 
 def _fista(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
-    problem, start = energy(operator, y), interpolate(operator, y)
+    problem, start = energy(operator, y), bicubic(operator, y)
     result = propagate(FISTA(), problem, start, steps=steps or STEPS, progress=progress)
     return Outcome(result.x, result, _none("the theory of FISTA is for convex energies, and this one (p = 0.8) is not"))
 
 
 def _bicubic(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
-    x = enlarge(y, scale, operator.blur.kernel)
+    x = bicubic(operator, y)
     return Outcome(x, Result(x, Status.CONVERGED, 0, 0.0, Trace(), State(x)), _none("a formula, nothing is iterated"))
 
 
