@@ -97,7 +97,7 @@ def _finish(net: RelaxedNet, out: Path, record: dict, about: dict) -> None:
 
 
 def deblur(
-    out: Path, resume: bool = False, steps: int = 4000, width: int = 64, before: tuple[int, int] = (7200, 4000)
+    out: Path, resume: bool = False, steps: int = 4000, width: int = 64, before: tuple[int, int] = (7200, 4200)
 ) -> None:
     """RPODM for deblurring with a known kernel: random kernels, 0.3 to 3% noise.
 
