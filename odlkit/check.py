@@ -361,7 +361,7 @@ def podm_3(choose):
 
 @exercise
 def podm_thm_1(gap):
-    """``gap(x_new, s, z, tau)``: one upper bound of ``F(x_new) - F(z)`` an image; ``x_new`` left the proximal map of step tau."""
+    """``gap(x_new, s, z, tau)``: an upper bound of ``F(x_new) - F(z)``, one an image; ``x_new`` left a prox of step tau."""
     for randn, p in zip(draws(), (0, 0.5, 1), strict=True):
         problem, x = problem_of(randn, p)
         for tau in (0.05, 0.3, 2.0):
@@ -374,3 +374,111 @@ def podm_thm_1(gap):
                 yield "bounds the gap", (got >= above - 1e-9).all(), "A nonconvex prior costs a square of the distance."
                 most = norm_items(s) * norm_items(d) + norm_items(d) ** 2 / (2 * tau)
                 yield "not too large", (got <= most * (1 + 1e-9)).all(), "It is <s, d> + ||d||^2 / (2 tau), d = x_new - z."
+
+
+@exercise
+def sr_1(propagate_plain):
+    """``propagate_plain(S, y, x_a, mu)``: ``argmin_z ||S z - y||^2 + (mu / 2) ||z - x_a||^2`` for plain decimation S."""
+    for randn in draws():
+        S, x_a, y, mu = Decimation(2), randn(2, 1, 8, 6), randn(2, 1, 4, 3), float(randn(1).abs()) + 0.1
+        z = propagate_plain(S, y, x_a, mu)
+        yield like(z, x_a)
+        slope = 2 * S.A_adjoint(S.A(z) - y) + mu * (z - x_a)
+        yield "zero gradient", slope.abs().max() < 1e-9, "2 S^T (S z - y) + mu (z - x_a) is not zero."
+
+
+@exercise
+def sr_3(unseen):
+    """``unseen(A, x)``: the projection of ``x`` onto what A maps to 0, for ``A A^T = I``; like ``x``."""
+    for randn in draws():
+        A, x = Decimation(3), randn(2, 1, 9, 12)
+        u, w = unseen(A, x), randn(2, 1, 9, 12)
+        yield like(u, x)
+        yield "the data do not see it", A.A(u).abs().max() < 1e-12, "A of the result is not zero."
+        w = w - A.A_adjoint(A.A(w))
+        yield "keeps what is hidden", (unseen(A, w) - w).abs().max() < 1e-12, "Where A x = 0, all of x is unseen."
+
+
+@exercise
+def gdc_an_1(norm):
+    """``norm(w, size)``: the norm of circular convolution with w (C_out, C_in, h, h) on size x size images, a number."""
+    for randn, size in zip(draws(), (5, 6, 7), strict=True):
+        w = randn(3, 2, 3, 3)
+        got, symbol = float(norm(w, size)), torch.fft.fft2(w, s=(size, size)).permute(2, 3, 0, 1)
+        best = torch.linalg.matrix_norm(symbol, 2).max().item()
+        yield "no image gains more", got >= best * (1 - 1e-9), f"Some image gains {best:.3f}, not {got:.3f}."
+        yield "some image gains as much", got <= best * (1 + 1e-9), f"{got:.3f} is a bound; the largest gain is {best:.3f}."
+
+
+@exercise
+def gdc_an_2(steps):
+    """``steps(P, m, L)``: the open interval (low, high) of all steps with P max(|1 - tau m|, |1 - tau L|) < 1, or None."""
+    for randn in draws():
+        for more, m, wider in (randn(60, 3).abs() + 0.05).tolist():
+            P, L = 1 + more, m * (1 + wider)
+            said, case = steps(P, m, L), f"P {P:.2f}, m {m:.2f}, L {L:.2f}"
+            none = (L + m) / (L - m) <= P
+            yield "says when none works", (said is None) == none, f"{case}: some step contracts iff P < (L + m)/(L - m)."
+            if said is not None:
+                low, high = said
+                ends = [P * max(abs(1 - tau * m), abs(1 - tau * L)) for tau in (low, high)]
+                yield "contracts inside", max(ends) <= 1 + 1e-9, f"{case}: near an end the factor is {max(ends):.3f}."
+                yield "not shorter", min(ends) >= 1 - 1e-9, f"{case}: beyond an end the factor is still {min(ends):.3f}."
+
+
+@exercise
+def gdc_1(direction):
+    """``direction(d, x)``: minus the gradient of each picture's ``d(x)``, which is ``(B,)``; like ``x``."""
+    for randn in draws():
+        weight, x = randn(1, 1, 4, 5).abs(), randn(3, 1, 4, 5)
+        with torch.no_grad():
+            got = direction(lambda v, weight=weight: (weight * v.square()).flatten(1).sum(1) / 2, x)
+        yield like(got, x)
+        yield "each picture's own gradient", (got + weight * x).abs().max() < 1e-9, "Check the sign, and how the batch is reduced."
+        yield "its argument is left alone", not x.requires_grad, "x requires a gradient now: detach it first."
+
+
+@exercise
+def gdc_2(ideal):
+    """``ideal(x, s, alpha, q)``: ``G`` and ``D`` for ``p = N(0, s^2)`` and q times as many corrupted pictures as clean ones."""
+    for randn in draws():
+        x, (s, alpha, q) = randn(2, 1, 3, 3), (randn(3).abs() + 0.3).tolist()
+        (G, D), (_, other) = ideal(x, s, alpha, q), ideal(x, s, alpha, 2 * q)
+        yield like(G, x)
+        wide = s**2 + alpha**2
+        yield "Tweedie's formula", (G + alpha**2 * x / wide).abs().max() < 1e-9, "p_alpha is N(0, s^2 + alpha^2)."
+        yield "numbers do not matter", (D - other).abs().max() < 1e-9, "q adds a constant to the logit."
+        yield "sum of both", (G + alpha**2 * (D + x / s**2)).abs().max() < 1e-9, "G + alpha^2 D should be alpha^2 grad log p."
+
+
+@exercise
+def gdc_pcm_1(step):
+    """``step(f, T, x, rho, M, c)``: one iteration of Algorithm 2 with the clip, for the modules T; like ``x``."""
+    for randn in draws():
+        x, y, rho, c = randn(2, 1, 6, 6), randn(2, 1, 6, 6), float(randn(1).abs()) + 0.5, float(randn(1).abs()) + 0.5
+        f = LeastSquares(Identity(), y, 2.0)
+        near, far = (lambda u: u + 1e-3 * y), (lambda u: u + 10 * y)
+        yield like(step(f, near, x, rho, 1e9, c), x)
+        exact = f.prox(near(x), 1 / rho)
+        yield "short moves are kept", (step(f, near, x, rho, 1e9, c) - exact).abs().max() < 1e-9, "A short move is not scaled."
+        yield "closed gate", torch.equal(step(f, far, x, rho, 0.0, c), x), "With M = 0 every proposal is rejected."
+        start = torch.cat([x[:1], 100 + x[1:]])
+        both = step(f, far, start, rho, 60.0, c)
+        alone = torch.cat([step(LeastSquares(Identity(), y[i : i + 1], 2.0), lambda u, i=i: u + 10 * y[i : i + 1],
+                                start[i : i + 1], rho, 60.0, c) for i in range(2)])  # fmt: skip
+        yield "each picture by itself", (both - alone).abs().max() < 1e-9, "One picture's gate must not close another's."
+        moved, bound = norm_items(step(f, far, x, rho, 60.0, c) - x), 60.0 / rho + (c / rho) ** 0.5
+        leap = norm_items(step(f, lambda u: u + 1e4 * y, x, 1e6, 1e9, c) - x)
+        clipped = (leap <= 1e9 / 1e6).all() and (leap <= 1.0).all()
+        yield "bounded step", (moved <= bound).all() and clipped, "Clip the move of T to sqrt(c / rho)."
+
+
+@exercise
+def gdc_pcm_2(constant):
+    """``constant(tau, L, convex)``: the best kappa of Algorithm 1's last step, for a convex prior or for any."""
+    for randn in draws():
+        for tau, L in (randn(50, 2).abs() + 0.05).tolist():
+            general, best, case = (1 / tau - L) / 2, 1 / tau - L / 2, f"tau {tau:.2f}, L {L:.2f}"
+            yield "any prior", abs(constant(tau, L, False) - general) < 1e-9, f"{case}: expected {general:.3f}."
+            yield "convex: proved", constant(tau, L, True) <= best + 1e-9, f"{case}: this is more than is proved."
+            yield "convex: best", constant(tau, L, True) >= best - 1e-9, f"{case}: the prox objective is strongly convex."

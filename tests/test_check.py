@@ -122,6 +122,16 @@ MUTANTS = [
     ("podm-thm-ex-1", "return (s", "return 0 * x_new + (s", "shape and dtype"),
     ("podm-thm-ex-1", "/ (2 * tau)", "/ (20 * tau)", "bounds the gap"),
     ("podm-thm-ex-1", "/ (2 * tau)", "/ (0.1 * tau)", "not too large"),
+    ("sr-ex-1", "return x_a", "return x_a[:1]", "shape and dtype"),
+    ("sr-ex-1", "2 / (2 + mu)", "1 / (1 + mu)", "zero gradient"),
+    ("sr-ex-3", "return x", "return None and x", "shape and dtype"),
+    ("sr-ex-3", "A.A_adjoint", "0.5 * A.A_adjoint", "the data do not see it"),
+    ("sr-ex-3", "return x - A.A_adjoint(A.A(x))", "return 0 * x", "keeps what is hidden"),
+    ("gdc-an-ex-1", ".max()", ".mean()", "no image gains more"),
+    ("gdc-an-ex-1", "return torch.linalg", "return 3 * torch.linalg", "some image gains as much"),
+    ("gdc-an-ex-2", " if low < high else None", "", "says when none works"),
+    ("gdc-an-ex-2", "(low, high) if", "(0.9 * low, high) if", "contracts inside"),
+    ("gdc-an-ex-2", "(low, high) if", "(1.01 * low, high) if", "not shorter"),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from odlkit import instances
+from odlkit import certify, instances
 from odlkit.control import AlwaysAccept, NeverAccept
 from odlkit.models import podm
 from odlkit.models.padnet import Constants as PADNetConstants
@@ -12,7 +12,8 @@ from odlkit.models.podm import PODM, Constants
 from odlkit.operators import Blur, BlurDecimate, FilterBank, Mask
 from odlkit.priors import Lp, SparseBox, Zero
 from odlkit.problem import LeastSquares, Problem, norm_items
-from odlkit.propagate import propagate
+from odlkit.propagate import Trace, propagate
+from odlkit.propositions import podm as propositions
 
 
 def randn(*shape: int, seed: int = 0, dtype=torch.float64, device="cpu"):
@@ -316,3 +317,74 @@ def test_errata_omega_is_empty_when_the_least_value_is_positive():
     assert (clamped != 0).all()  # every point of the box has n nonzeros, so s < n leaves none
     with pytest.raises(ValueError, match="zeros must be allowed"):
         SparseBox(o.min().item(), o.max().item(), o.numel() - 1)
+
+
+def test_errata_a_threshold_after_the_clamp_is_not_the_projection():
+    """u = (-3, 0.5), s = 1, [-0.1, 1]: clamped to (-0.1, 0.5), whose larger entry is the wrong one to keep."""
+    u = torch.tensor([-3.0, 0.5], dtype=torch.float64).view(1, 1, 1, 2)
+    exact, clamped = SparseBox(-0.1, 1.0, 1).prox(u, 1.0), u.clamp(-0.1, 1.0)
+    printed = torch.where(clamped.abs() == clamped.abs().max(), clamped, 0.0)
+    costs = [(u - x).square().sum().item() for x in (printed, exact)]
+    assert costs == pytest.approx([9.0, 8.66])
+
+
+def test_errata_proposition_1_two_cycle_of_a_linear_network():
+    """``A(x) = -5 x`` in one dimension: kept at every stage with ``psi = 0``, and 0, 2, 0, 2 ... for ever.
+
+    Eq: PODM Proposition 1, Theorem 1.
+    """
+    a = torch.full((1, 1, 1, 1), 2.5, dtype=torch.float64)
+    problem, step = propositions.two_cycle(a, 0.9)
+    c = step.constants
+    assert c.tolerance < c.penalty / 2 and c.feedback < 1 / problem.lipschitz  # what the paper does not even ask for
+    trace = propagate(step, problem, 0 * a, steps=40).trace
+    assert trace.acceptance_rate() == 1 and trace["residual"].max() < 1e-15
+    torch.testing.assert_close(trace["energy"][:, 0], torch.tensor([0.95, 1.25], dtype=torch.float64).repeat(20))
+    assert not certify.descent(trace, c.penalty / 4 - c.tolerance**2 / c.penalty).holds
+    assert certify.descent(trace, trace["kappa"]).holds and trace["kappa"].max() < 0  # true, and promises no descent
+    assert problem.fidelity.grad(0.8 * a).item() == pytest.approx(-0.2)  # the cluster point 2 is not critical
+
+
+def test_the_repaired_constants_cure_the_two_cycle():
+    """The same network and energy with ``mu gamma = 1``, and the feedback where (5) fails.  Eq: PODM Theorem 1."""
+    a = instances.haar_band()
+    problem, step = propositions.two_cycle(a, 0.008)
+    mu = 3 * problem.lipschitz
+    constants = Constants(mu, 1 / mu, 0.475 * mu, 0.95 / problem.lipschitz)
+    result = propagate(PODM(step.networks, constants), problem, 0.8 * a, steps=300, tol=1e-12)
+    assert certify.descent(result.trace, result.trace["kappa"]).holds
+    assert certify.critical(problem, result, constants.feedback).holds
+
+
+@pytest.mark.parametrize("p", [1.0, 0.0])
+def test_errata_acceptance_depends_on_mu(p):
+    """Nothing is kept at mu = 0.01, everything at a large mu, where the energy falls less."""
+    network = propositions.networks()["untrained"]
+    (_, none, low), (_, all_, high) = propositions.acceptance(network, (0.005, 30.0), p, 32, 15, halvings=0)
+    assert none == 0 and all_ == 1 and high > 1.2 * low
+
+
+def test_proposition_2_bounds_the_gap_to_any_point():
+    """The inequality of a stage holds for every z, not only for the limit.
+
+    Eq: PODM Proposition 2.
+    """
+    problem, x0 = propositions.coefficient_problem("camera", 16, 0.0)
+    step, kept = PODM([lambda x, level: x], Constants.for_lipschitz(problem.lipschitz)), []
+    trace = propagate(step, problem, x0, steps=10, measure={"x": lambda s: kept.append(s.x)}).trace
+    for seed in range(20):
+        z = kept[-1] * (randn(*x0.shape, seed=seed) > -1)
+        for row, x in enumerate(kept):
+            d, s = norm_items(x - z), trace["subgradient"][row]
+            tau = step.constants.step_size if trace["accepted"][row] > 0 else step.constants.feedback
+            gap = problem.energy(x) - problem.energy(z)
+            assert gap <= s * d + d**2 / (2 * tau) + 1e-12
+
+
+def test_halving_sees_a_tail_that_does_not_shrink():
+    trace = Trace()
+    for row in range(120):
+        trace.rows.append({"change": torch.tensor([0.9**row]), "norm": torch.ones(1)})
+    assert propositions.halving(trace).holds
+    trace.rows[-1]["change"] = torch.tensor([0.1])
+    assert not propositions.halving(trace).holds

@@ -33,8 +33,8 @@ class Exercise:
 
     @property
     def checker(self) -> str:
-        """The name in `odlkit.check`: ``inv-ex-1`` is ``inv_1``."""
-        return self.label.replace("-ex-", "_")
+        """The name in `odlkit.check`: ``podm-thm-ex-1`` is ``podm_thm_1``."""
+        return self.label.replace("-ex-", "_").replace("-", "_")
 
     @property
     def points(self) -> int:
