@@ -28,6 +28,7 @@ PROPOSITIONS = {  # name -> the function that plays it, imported when it is play
     "podm-theorem-1": "odlkit.propositions.podm:theorem_1",
     "gdc-proposition-1": "odlkit.propositions.gdc:proposition_1",
     "gdc-proposition-2": "odlkit.propositions.gdc:proposition_2",
+    "gdc-proposition-3": "odlkit.propositions.normalization:proposition_3",
 }
 NAMES = tuple(PROPOSITIONS)
 

@@ -345,7 +345,7 @@ def report():
 
 def test_proposition_3_holds_for_normalized_networks(report):
     """Eq: GDC Proposition 3."""
-    assert report["holds"] and report["instances"] == 3 and len(report["details"]) >= 6
+    assert report["holds"] and report["instances"] == 3 and len(report["details"]) == 9
     for run in report["details"]:
         assert run["holds"] and run["ratio"] <= run["factor"] < 1, run
     assert max(run["ratio"] / run["factor"] for run in report["details"]) > 0.5  # not vacuous

@@ -187,7 +187,7 @@ class OperatorNorm(nn.Module):
         rows, columns = torch.meshgrid(
             torch.arange(size), torch.arange(size // 2 + 1), indexing="ij"
         )  # the other half: conjugate
-        p, q = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        p, q = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
         angle = -2 * math.pi / size * (p.reshape(-1, 1, 1) * rows.flatten() + q.reshape(-1, 1, 1) * columns.flatten())
         self.register_buffer(
             "waves", torch.stack([angle.cos(), angle.sin()], -1).to(weight), persistent=False
