@@ -130,6 +130,10 @@ def test_the_corrective_module_is_optimal_in_its_subproblem(problem, batch):
     solved = Corrective(lambda stage: gamma, partial=True)(problem, batch, 0)
     assert norm_items(f.grad(solved) + gamma * (solved - batch)).max() < 1e-12 * norm_items(batch).max()
     torch.testing.assert_close(Corrective(lambda stage: gamma)(Problem(f), batch, 0), solved)
+    raised = torch.tensor([0.1, 3.0, 0.1]).view(3, 1, 1, 1)
+    for i, used in enumerate((2 * problem.lipschitz, 3.0, 2 * problem.lipschitz)):
+        got = Corrective(lambda stage: raised, least=2.0)(problem, batch, 0)[i]
+        torch.testing.assert_close(got, Corrective(Penalty(max(used, 2 * problem.lipschitz)))(problem, batch, 0)[i])
 
 
 def test_penalties_grow_up_to_their_cap():

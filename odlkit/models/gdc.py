@@ -95,16 +95,21 @@ class Corrective:
     """``T_C``, the model's correction with weight ``gamma = penalty(stage)``.
 
     Fully defined: ``prox_{phi / gamma}(u - grad f(u) / gamma)`` (6).  Without a prior, or with ``partial=True``:
-    ``argmin f + (gamma / 2) ||. - u||^2`` (7).  Eq: GDC (6), (7), (8), (9).
+    ``argmin f + (gamma / 2) ||. - u||^2`` (7).  (7) is safe for every gamma, (6) expands where gamma < L / 2:
+    ``least`` raises the gamma of (6) to ``least L``.  Eq: GDC (6), (7), (8), (9).
     """
 
     penalty: Callable[[int], Any]
     partial: bool = False
+    least: float = 0.0
 
     def __call__(self, problem: Problem, u: Tensor, stage: int) -> Tensor:
         gamma = self.penalty(stage)
         if self.partial or problem.prior is None:
             return problem.fidelity.prox(u, 1 / gamma)
+        if self.least:
+            floor = self.least * problem.lipschitz
+            gamma = gamma.clamp(min=floor) if isinstance(gamma, Tensor) else max(gamma, floor)
         return problem.prox_prior(u - problem.fidelity.grad(u) / gamma, 1 / gamma)
 
 
@@ -120,8 +125,8 @@ def scheme(
 ) -> list[Module]:
     """The stage of ``GM``, ``GD``, ``GC`` or ``GDC``: the data step (7), then G, then D and C as the name says.
 
-    ``classifier`` is not used by GM and GC.  C is (6) where the problem has a prior.  The names are those of the paper's
-    Table III.  Eq: GDC (2), (4), (7), (9).
+    ``classifier`` is not used by GM and GC.  C is (6), with gamma at least L, where the problem has a prior.  The names are
+    those of the paper's Table III.  Eq: GDC (2), (4), (7), (9).
     """
     if name not in ("GM", "GD", "GC", "GDC"):
         raise ValueError(f"name: expected GM, GD, GC or GDC, got {name!r}")
@@ -129,7 +134,7 @@ def scheme(
     if "D" in name:
         modules.append(Discriminative(classifier, levels, step))
     if "C" in name:
-        modules.append(Corrective(penalty))
+        modules.append(Corrective(penalty, least=1.0))
     return modules
 
 
