@@ -117,6 +117,7 @@ OPTIONS = {
     "mask": "an image",
     "scale": "a magnification",
     "ratio": "a number in (0, 1]",
+    "strength": "a number in (0, 1)",
     "sigma": "a noise level",
     "boundary": "unknown or circular",
     "tile": "a number of pixels",
@@ -148,6 +149,7 @@ def _options(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--mask", default=None, help="Known pixels (white), for tasks that need it.")
 @click.option("--scale", type=int, default=None, help="Magnification, for tasks that need it.")
 @click.option("--ratio", type=float, default=None, help="Sampling ratio, for tasks that need it.")
+@click.option("--strength", type=float, default=None, help="How much smoothing: the price of an edge pixel.")
 @click.option("--report", default=None, help="Where a JSON report of the run goes.")
 def restore(task, input, output, model, device, seed, report, **given) -> None:
     """Restore the image INPUT; TASK is one of `odlkit tasks`.
@@ -155,6 +157,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     Examples: odlkit restore deblur photo.png --kernel k.npy --sigma 0.01 -o sharp.png --report report.json
 
     odlkit restore sr small.png --scale 3 -o large.png
+
+    odlkit restore inpaint holes.png --mask known.png -o whole.png
     """
     from odlkit.tasks import TASKS
 
@@ -173,6 +177,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     images.check_output(output, picture)
     if "kernel" in options:
         options["kernel"] = images.read_kernel(options["kernel"])
+    if "mask" in options:
+        options["mask"] = images.read(options["mask"], "mask").x.mean(1)[0].to(where)
     chosen = {"model": model} if model is not None else {}
     restored, about = TASKS[task].function()(picture.x.to(where), progress=True, **options, **chosen)
     target = images.matching(restored, picture)

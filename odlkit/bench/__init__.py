@@ -16,6 +16,9 @@ PLACES = {
     "podm-table-1": "odlkit.bench.podm_sr:table_1",
     "podm-figure-2": "odlkit.bench.podm_sr:figure_2",
     "podm-sr-weights": "odlkit.bench.podm_sr:tune",
+    "gdc-deblur": "odlkit.bench.gdc:deblur",
+    "gdc-inpaint": "odlkit.bench.gdc:interpolate",
+    "gdc-smooth": "odlkit.bench.gdc:smoothing",
 }
 
 

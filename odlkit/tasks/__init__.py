@@ -44,4 +44,14 @@ TASKS = {
         needs=("scale",),
         takes=("kernel",),
     ),
+    "inpaint": Task(
+        "fill in the pixels that a mask leaves out (interpolation)",
+        "odlkit.tasks.inpaint:inpaint",
+        needs=("mask",),
+    ),
+    "smooth": Task(
+        "remove texture and noise, keep edges (l0 smoothing)",
+        "odlkit.tasks.smooth:smooth",
+        takes=("strength",),
+    ),
 }
