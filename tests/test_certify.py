@@ -292,3 +292,51 @@ def test_errata_the_l0_energy_is_not_coercive_when_a_has_a_null_space():
     fidelity = LeastSquares(Blur(torch.full((1, 2), 0.5, dtype=torch.float64)), 0 * pattern)
     energies = [[Problem(fidelity, Lp(p, 1.0)).energy(t * pattern).item() for t in (1.0, 1e6)] for p in (0, 0.8)]
     assert energies[0][1] == pytest.approx(energies[0][0]) and energies[1][1] > 1e4 * energies[1][0]
+
+
+def test_gdc_ends_at_critical_points_that_differ_where_the_prior_is_not_convex(report):
+    """Eq: GDC Proposition 1, Algorithm 1."""
+    ends = report["gdc-proposition-1"]["to_the_end"]
+    assert all(row["checks"][-1]["name"] == "critical" and row["checks"][-1]["holds"] for row in ends)
+    convex, rest = ([row["energy"] for row in ends if row["instance"].endswith(f"blur, p = {p}")] for p in (1, 0))
+    assert max(convex) - min(convex) < 1e-12 * convex[0] and max(rest) - min(rest) > 1e-3 * rest[0]
+    free, _, frozen, _ = report["gdc-proposition-1"]["controls"]
+    assert free["subgradient"] > 0.1 and frozen["residual"] > 0.1 and frozen["distance"] < 1e-20
+
+
+def test_gdc_trained_modules_are_kept_and_the_clip_is_needed(report):
+    """Not vacuous: trained proposals are accepted on every blur, and plain networks leave Condition 2 somewhere."""
+    rows = report["gdc-proposition-1"]["details"]
+    assert all(row["acceptance_rate"] > 0 for row in rows if row["network"] == "trained")
+    rows = report["gdc-proposition-2"]["details"]
+    assert all(row["acceptance_rate"] == 1 and row["within"] < 1 for row in rows)
+
+
+@pytest.mark.parametrize("name, index", [("distance", 0), ("subgradient", 1), ("distance", 2)])
+def test_proposition_1_of_gdc_catches_one_row(name, index):
+    """Eq: GDC Proposition 1, (13), (14)."""
+    from odlkit.propositions import gdc
+
+    problem = gdc.defined("blur", "camera", 32, 1.0)
+    step, run = gdc.fully_run(problem, [], 8)
+    assert all(c.holds for c in gdc.checks_of(problem, step, run))
+    values = dict.fromkeys(range(8) if index == 2 else [5], 1e4 * run.trace[name].max())  # the rate: no step is ever short
+    trace = run.trace
+    for row, value in values.items():
+        trace = tampered(trace, row, **{name: value})
+    run.trace = trace
+    assert not gdc.checks_of(problem, step, run)[index].holds
+
+
+@pytest.mark.parametrize("name, factor, index", [("data_step", 1.001, 0), ("change", 1.001, 1), ("change", 100, 2)])
+def test_proposition_2_of_gdc_catches_one_row(name, factor, index):
+    """Eq: GDC Proposition 2, (15)."""
+    from odlkit.propositions import gdc
+
+    network = instances.networks("conv")["adversary"]
+    step, run = gdc.partially_run("denoise", "camera", 32, gdc.learned("adversary", network), steps=12)
+    before = gdc.proposition_2_checks(run.trace, step.gate, step.c, 1.5)
+    assert all(c.holds for c in before)
+    bound = step.gate / run.trace["penalty"][4, 0] + (step.c / run.trace["penalty"][4, 0]) ** 0.5
+    value = factor * (bound if name == "change" else run.trace[name][4, 0])
+    assert not gdc.proposition_2_checks(tampered(run.trace, 4, **{name: value}), step.gate, step.c, 1.5)[index].holds
