@@ -122,7 +122,7 @@ MUTANTS = [
     ("podm-thm-ex-1", "return (s", "return None and (s", "shape and dtype"),
     ("podm-thm-ex-1", "/ (2 * tau)", "/ (20 * tau)", "bounds the gap"),
     ("podm-thm-ex-1", "/ (2 * tau)", "/ (0.1 * tau)", "not too large"),
-    ("sr-ex-1", "return x_a", "return x_a[:1]", "shape and dtype"),
+    ("sr-ex-1", "return x_a", "return None and x_a", "shape and dtype"),
     ("sr-ex-1", "2 / (2 + mu)", "1 / (1 + mu)", "zero gradient"),
     ("sr-ex-3", "return x", "return None and x", "shape and dtype"),
     ("sr-ex-3", "A.A_adjoint", "0.5 * A.A_adjoint", "the data do not see it"),
