@@ -46,7 +46,8 @@ def greedy(scheme: str) -> tuple[CascadeNet, float]:
     about = {"widths": classifier["network"]["widths"]} if "D" in scheme else None
     unit = weights.card("gdc-generator")["network"]["units"][0]
     net = CascadeNet(scheme, unit, about, step=classifier["schedule"]["step"]).eval().requires_grad_(False)
-    net.unit.load_state_dict(weights.load("gdc-generator").units[0].state_dict())  # type: ignore[index]
+    trained: Any = weights.load("gdc-generator")
+    net.unit.load_state_dict(trained.units[0].state_dict())
     if net.classifier is not None:
         net.classifier.load_state_dict(weights.load("gdc-classifier").state_dict())
     x = torch.cat(data.images("train400")[-12:])[..., :CROP, :CROP]
@@ -134,11 +135,12 @@ def interpolate(progress: bool = False) -> dict[str, Any]:
     from tqdm import tqdm
 
     clock, pictures = time.monotonic(), data.images("cbsd68", gray=False)
-    whole, crops = [], []
+    whole: list[dict[str, Any]] = []
+    crops: list[dict[str, Any]] = []
     for share in (0.2, 0.8):
         scores = []
         for i, x in enumerate(tqdm(pictures, desc=f"{share:.0%} missing", disable=not progress)):
-            mask = missing_at_random(share, *x.shape[-2:], torch.Generator().manual_seed(i))
+            mask = missing_at_random(share, x.shape[-2], x.shape[-1], torch.Generator().manual_seed(i))
             restored = inpaint(x * mask, mask)[0].clamp(0, 1)
             scores.append([psnr(restored, x).item(), ssim(restored, x).item()])
         mean = torch.tensor(scores, dtype=torch.float64).mean(0).tolist()
@@ -202,11 +204,11 @@ def smoothing(progress: bool = False, fidelity: float = 0.85) -> dict[str, Any]:
                 kept = texture_removed(smooth(y, middle, model)[0], y)[1]
                 low, high = (middle, high) if kept > fidelity else (low, middle)
             found.append([*texture_removed(smooth(y, low, model)[0], y), low])
-        gone, kept, strength = torch.tensor(found, dtype=torch.float64).unbind(1)
+        removed, stay, strength = torch.tensor(found, dtype=torch.float64).unbind(1)
         rows.append({
             "model": model,
-            "texture_removed": round(gone.mean().item(), 3),
-            "edges_kept": round(kept.mean().item(), 3),
+            "texture_removed": round(removed.mean().item(), 3),
+            "edges_kept": round(stay.mean().item(), 3),
             "strength": [float(f"{s:.2g}") for s in strength.tolist()],
         })  # fmt: skip
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,13 @@ class CascadeNet(nn.Module):
             raise ValueError(f"scheme: expected GM, GD, GC or GDC, got {scheme!r}")
         if ("D" in scheme) != (classifier is not None):
             raise ValueError(f"classifier: expected one exactly where the scheme has D, got {classifier} for {scheme}")
-        self.config = {"scheme": scheme, "unit": unit, "classifier": classifier, "stages": stages, "first": first}
+        self.config: dict[str, Any] = {
+            "scheme": scheme,
+            "unit": unit,
+            "classifier": classifier,
+            "stages": stages,
+            "first": first,
+        }
         self.config |= {"last": last, "step": step, "p": p, "guided": guided}
         self.scheme, self.stages, self.guided = scheme, stages, guided
         self.unit = ConvUnit(**unit)

@@ -58,7 +58,7 @@ def gdc_pcm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bo
 
     step = weights.card("gdc-classifier")["schedule"]["step"]
     penalty = lambda stage: 2 * (sigma / level(stage)) ** 2  # noqa: E731
-    modules = scheme("GD", network, classifier.potential, level, penalty, step)  # type: ignore[operator]
+    modules = scheme("GD", network, classifier.potential, level, penalty, step)
     modules.append(Corrective(lambda stage: 1.05 * problem.lipschitz))  # with the data step's gamma, (6) would diverge
     control = FullyDefined(modules)
     control.check(problem)

@@ -180,8 +180,8 @@ def _gdc(y: Tensor, strength: float, steps: int | None, progress: bool) -> Outco
 
     def step(beta: float) -> Step:
         level = min((strength / beta) ** 0.5, plan["first"])
-        moves = [Generative(network, lambda stage: level)]
-        moves += [Discriminative(classifier.potential, lambda stage: level, plan["step"])]  # type: ignore[arg-type]
+        moves: list[Module] = [Generative(network, lambda stage: level)]
+        moves.append(Discriminative(classifier.potential, lambda stage: level, plan["step"]))  # type: ignore[arg-type]
 
         def learned(problem: Problem, u: Tensor, stage: int) -> Tensor:
             if stage % 2 or level < plan["last"]:

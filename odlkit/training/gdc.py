@@ -10,8 +10,10 @@ paper tests.  No image of BSD68, CBSD68 or Levin and no benchmark kernel is seen
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,10 @@ WHAT |= {"GC": "data step, generative and corrective module", "GDC": "data step 
 def _pictures() -> tuple[list[Tensor], list[Tensor]]:
     pictures = data.images("train400")
     return pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+
+
+def _constant(level: float, stage: int) -> float:
+    return level
 
 
 def _noised(x: Tensor, alpha: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -99,10 +105,10 @@ def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tu
     def gain(step: float) -> float:
         """Mean gain in PSNR, in dB, of one discriminative step on noised validation images."""
         total = []
+        x = torch.cat(held)
         for i, level in enumerate((0.01, 0.03, 0.1)):
-            x = torch.cat([image for image in held if image.shape == held[0].shape])
             y = _noised(x, torch.tensor(level), torch.Generator().manual_seed(i))[0].to(device)
-            move = Discriminative(net.potential, lambda stage, level=level: level, step)
+            move = Discriminative(net.potential, partial(_constant, level), step)
             with torch.no_grad():
                 total.append((psnr(move(None, y, 0).cpu(), x) - psnr(y.cpu(), x)).mean().item())  # type: ignore[arg-type]
         return sum(total) / len(total)
@@ -125,7 +131,7 @@ def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tu
 
 def start(out: Path, resume: bool, scheme: str, width: int = 64, **options: object) -> CascadeNet:
     """The cascade of a scheme whose networks begin as the greedily trained ones, as far as their shapes agree."""
-    greedy = generator_network(out, resume=resume or (out / "gdc-generator.pt").exists(), width=width).units[0]
+    greedy: Any = generator_network(out, resume=resume or (out / "gdc-generator.pt").exists(), width=width).units[0]
     config = greedy.config | ({"channels": 4} if options.get("guided") else {})  # colour and the mask
     about: dict | None = None
     if "D" in scheme:
@@ -238,7 +244,7 @@ def inpaint(out: Path, resume: bool = False, steps: int = 2000, width: int = 64,
         with torch.no_grad():
             for i, x in enumerate(held):
                 x = x[..., :224, :224].to(device)
-                mask = missing_at_random((0.2, 0.8)[i % 2], *x.shape[-2:], torch.Generator().manual_seed(i)).to(device)
+                mask = missing_at_random((0.2, 0.8)[i % 2], 224, 224, torch.Generator().manual_seed(i)).to(device)
                 scores.append(psnr(interpolated(net, x, mask)[-1], x).item())
         return sum(scores) / len(scores)
 
