@@ -79,7 +79,7 @@ def conv_norm_bound(weight: Tensor, n: int = 32) -> float:
 def local_norm(function: Callable[[Tensor], Tensor], x: Tensor, steps: int = 50, seed: int = 0) -> float:
     """The largest singular value of the Jacobian of ``function`` at ``x`` (B, ...), by power iteration from below."""
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
-    _, pull = torch.func.vjp(function, x)
+    pull = torch.func.vjp(function, x)[1]
     size = 0.0
     for _ in range(steps):
         out = torch.func.jvp(function, (x,), (v / v.norm(),))[1]
@@ -141,9 +141,9 @@ def weighted(net: nn.Module) -> Iterator[tuple[nn.Conv2d | nn.Linear, int]]:
             if layer.groups != 1 or layer.padding_mode not in ("zeros", "circular"):
                 got = f"groups = {layer.groups}, padding_mode = {layer.padding_mode!r}"
                 raise ValueError(f"net: expected convolutions with one group and zero or circular padding, got {got}")
-            sides = zip(layer.kernel_size, layer.dilation, layer.padding, strict=False)
-            wide = not isinstance(layer.padding, str) and any(2 * int(p) > d * (k - 1) for k, d, p in sides)
-            if layer.padding_mode == "circular" and wide:
+            padding = (0, 0) if isinstance(layer.padding, str) else layer.padding  # "same" is half the kernel
+            sides = zip(layer.kernel_size, layer.dilation, padding, strict=True)
+            if layer.padding_mode == "circular" and any(2 * p > d * (k - 1) for k, d, p in sides):
                 raise ValueError("net: expected circular padding of at most half the kernel, got wider (pixels count twice)")
             yield layer, channels or layer.in_channels
         elif isinstance(layer, nn.Linear):
@@ -245,7 +245,7 @@ def certified(net: nn.Module, delta: float = 1.0, n: int = 32) -> nn.Module:
     for layer, channels in weighted(net):
         if parametrize.is_parametrized(layer, "weight"):
             weight = layer.weight.detach()
-            layer.__class__ = type(layer).__base__  # torch's removal would break the original, which shares the class
+            layer.__class__ = type(layer).__bases__[0]  # torch's removal would break the original, which shares the class
             del layer.parametrizations
             layer.weight = nn.Parameter(weight)
         slack = 1 - 32 * torch.finfo(layer.weight.dtype).eps  # the rounding of the product below

@@ -87,7 +87,7 @@ def as_printed(net: nn.Module, delta: float, seed: int = 0) -> nn.Module:
 
 
 @cache
-def estimator(delta: float | None, steps: int = 250) -> nn.Module:
+def estimator(delta: float | None, steps: int = 150) -> nn.Module:
     """A `ConvUnit` of seven layers trained to estimate noise of level `LEVEL`, some seconds; float64.
 
     With a ``delta`` it is normalized in every step and then certified.  Kernels start near the identity: layers of norm 1
@@ -209,7 +209,7 @@ def without_strong_convexity(size: int, steps: int) -> tuple[Result, float]:
     """Control: a blur that removes frequencies, no prior, and ``G = delta I``, whose bound is exact.  See `two_starts`."""
     blur, y = blurred("camera", size, gaussian())
     problem, scale = problem_of(blur, y, Zero()), nn.Sequential(nn.Conv2d(1, 1, 1, bias=False, dtype=torch.float64))
-    scale[0].weight.data.fill_(DELTA_G)  # type: ignore[union-attr,operator]
+    scale[0].weight.data.fill_(DELTA_G)  # type: ignore[operator]
     return two_starts(modules(scale, (problem.strong_convexity + problem.lipschitz) / 2), problem, y, steps)
 
 
