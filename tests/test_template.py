@@ -27,6 +27,7 @@ ALLOWED = {
     ("median", "foundations/unrolling-and-plug-and-play"): (9, "a cell is one experiment: network, run, what it shows"),
     ("median", "padnet/padnet"): (8, "the lines of an algorithm stay together, in the paper's order"),
     ("median", "podm/podm"): (9, "a cell is one module or one experiment, with its assertion"),
+    ("median", "gdc/controls"): (8, "a cell is an algorithm in its own lines, or one experiment with its verdict"),
     ("cells", "foundations/inverse-problems"): (19, "four operators and three runs, in short cells"),
 }
 MARKS = {"certificate": "asserts what the theory promises", "control": "breaks a hypothesis and fails"}
