@@ -14,6 +14,7 @@ PLACES = {
     "rpodm-real": "odlkit.bench.podm_deblur:real",
     "deblur-weights": "odlkit.bench.padnet_deblur:tune",
     "podm-table-1": "odlkit.bench.podm_sr:table_1",
+    "podm-table-1-set14": "odlkit.bench.podm_sr:table_1_set14",
     "podm-figure-2": "odlkit.bench.podm_sr:figure_2",
     "podm-sr-weights": "odlkit.bench.podm_sr:tune",
     "gdc-deblur": "odlkit.bench.gdc:deblur",
