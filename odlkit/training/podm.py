@@ -26,7 +26,7 @@ from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
 from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
 
-UNITS, STAGES, FIRST = 6, 8, 0.2  # networks and stages of deblurring, and the level of the first stage
+UNITS, FIRST = 6, 0.2  # networks of deblurring, neighbouring stages share one; the level of the first stage
 START = 100.0  # the smooth start weighs ||D x||^2 with 100 sigma^2: slopes of about 0.1
 LEVEL = 0.01  # sigma that super-resolution of noise-free data is told: the last level, and its trust in the data
 BOX = Box(0.0, 1.0)  # Omega with s = n: no photograph has black pixels to count on
@@ -96,14 +96,16 @@ def _finish(net: RelaxedNet, out: Path, record: dict, about: dict) -> None:
     save_weights(net, out / f"{about['name']}.safetensors", card | record, torch.float16)
 
 
-def deblur(
-    out: Path, resume: bool = False, steps: int = 4000, width: int = 64, before: tuple[int, int] = (7200, 4200)
-) -> None:
-    """RPODM for deblurring with a known kernel: random kernels, 0.3 to 3% noise.
+PHASES = (  # of deblurring: what `fit` is told, then stages, whether the start is the smooth solution, side of the crops
+    ({"steps": 10000, "stop": 7200, "lr": 5e-4}, 6, False, 96),  # from the data, as in the paper
+    ({"steps": 6000, "stop": 4200, "lr": 4e-4}, 6, True, 96),  # the smooth start spares the first stages
+    ({"steps": 4000, "lr": 3e-4}, 8, True, 96),
+    ({"steps": 1500, "lr": 2e-4}, 8, True, 128),
+)
 
-    Trained in three phases, the first two stopped before their learning rate decays: six stages from the data as the start,
-    as in the paper; from the smooth solution, which spares the first stages; then stretched to eight stages.
-    """
+
+def deblur(out: Path, resume: bool = False, width: int = 64) -> None:
+    """RPODM for deblurring with a known kernel, in `PHASES`: random kernels, 0.3 to 3% noise."""
     net, device = start(out, resume, UNITS, FIRST, None, width), best_device()
     train, held = _pictures()
 
@@ -116,7 +118,7 @@ def deblur(
         return unroll(net, blur, y, x0, sigma)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 4, 96, generator).to(device)
+        x = patches(train, 4, side, generator).to(device)
         kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
         sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
@@ -135,17 +137,14 @@ def deblur(
                 scores.append(psnr(restore(x.to(device), kernel, sigma, generator)[-1].cpu(), x).item())
         return sum(scores) / len(scores)
 
-    smooth = False
-    first, second = ({"steps": 10000, "stop": before[0], "lr": 5e-4}, {"steps": 6000, "stop": before[1], "lr": 4e-4})
-    fit(net, loss, **first, out=out, name="rpodm-deblur-1", resume=resume, validate=validate)  # type: ignore[arg-type]
-    smooth = True
-    fit(net, loss, **second, out=out, name="rpodm-deblur-2", resume=resume, validate=validate, seed=1)  # type: ignore[arg-type]
-    net = net.stretched(STAGES)
-    record = fit(net, loss, steps=steps, lr=3e-4, out=out, name="rpodm-deblur", resume=resume, validate=validate, seed=2)
-    record |= {"phases_before": [first, second]}
+    record: dict = {}
+    for number, (plan, stages, smooth, side) in enumerate(PHASES, 1):  # noqa: B007
+        net, name = net.stretched(stages), f"rpodm-deblur-{number}"
+        record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=validate, seed=number - 1)  # type: ignore[arg-type]
+    record |= {"phases": [list(phase) for phase in PHASES]}
     _finish(net, out, record, {
         "name": "rpodm-deblur",
-        "what": f"relaxed PODM for deblurring: {STAGES} stages, {UNITS} networks of six ELU convolutions",
+        "what": f"relaxed PODM for deblurring: {len(net)} stages, {UNITS} networks of six ELU convolutions",
         "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
     })  # fmt: skip
 
