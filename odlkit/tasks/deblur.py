@@ -24,6 +24,7 @@ from odlkit.problem import LeastSquares, LinkedGradient, Problem, norm_items
 from odlkit.propagate import Result, propagate
 from odlkit.propositions.padnet import bounded_moves
 from odlkit.solvers import ADMM, FISTA
+from odlkit.tasks.deblur_gdc import gdc, gdc_pcm
 from odlkit.tasks.deblur_podm import podm, rpodm
 from odlkit.tasks.report import Model, Outcome, good_size, summary, unit_kernel, versions
 
@@ -290,6 +291,8 @@ MODELS = {  # each run as run(z, blur, sigma, steps, progress)
     "epadnet": Model(_epadnet, "explicit PADNet on the gradient domain, l0.8 energy, error-corrected; descent by Theorem 1"),
     "rpodm": Model(rpodm, "relaxed PODM, networks and metrics trained end to end, nothing checked"),
     "podm": Model(podm, "PODM on an l0.8 energy of Haar coefficients, error-corrected; descent by Proposition 1"),
+    "gdc": Model(gdc, "GDC's cascade of data step, generative, discriminative and corrective module, trained jointly"),
+    "gdc-pcm": Model(gdc_pcm, "GDC's Algorithm 1 on an l1 energy of Haar coefficients; descent by Proposition 1"),
     "tv": Model(_tv, "isotropic total variation by ADMM"),
     "l08": Model(_l08, "l0.8 on the gradient by ADMM"),
     "fista-wavelet": Model(_fista, "l1 on orthonormal wavelet coefficients by FISTA"),

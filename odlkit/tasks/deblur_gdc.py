@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odlkit import weights
 from odlkit.certify import inequality
-from odlkit.models.gdc import Cascade, Corrective, FullyDefined, scheme
+from odlkit.models.gdc import Cascade, Corrective, FullyDefined, Levels, Module, scheme
 from odlkit.models.gdc_joint import CascadeNet
 from odlkit.models.padnet import Schedule
 from odlkit.operators import Blur, Wavelet
@@ -22,8 +22,8 @@ from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
 from odlkit.tasks.report import Outcome
 
-HAAR, FACTOR = 3, 9.0  # levels of the wavelets; lambda = FACTOR sigma^2
-START, FIRST = 8, 0.2  # stages whose noise level falls from FIRST to sigma; later ones keep it
+HAAR, FACTOR = 3, 36.0  # levels of the wavelets; lambda = FACTOR sigma^2
+START, FIRST, TRUST = 8, 0.2, 0.25  # stages of the start, the level of its first, and the factor of its gamma
 STOP, STEPS = 1e-3, 30  # relative change at which Algorithm 1 stops, and its most stages
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
@@ -46,23 +46,25 @@ def gdc(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) 
 
 
 def gdc_pcm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
-    """Algorithm 1 with the greedily trained modules.  Eq: GDC Algorithm 1, Proposition 1."""
+    """Algorithm 1 with the greedily trained modules, from where they lead unchecked.  Eq: GDC Algorithm 1, Proposition 1.
+
+    From the data themselves hardly a proposal lowers this energy, so what the modules know has to be in the start.
+    """
     network, classifier = (weights.load(name).to(z) for name in ("gdc-generator", "gdc-classifier"))
     weight = torch.full_like(z[:1], FACTOR * sigma**2)
     weight[..., : z.shape[-2] >> HAAR, : z.shape[-1] >> HAAR] = 0  # the coarse band is not penalised
     problem = Problem(LeastSquares(blur, z, 2.0), Analysis(Wavelet("haar", HAAR), Lp(1, weight)))
     schedule = Schedule.between(max(FIRST, sigma), sigma, START)
-
-    def level(stage: int) -> float:
-        return schedule(min(stage, START - 1))[1]
-
     step = weights.card("gdc-classifier")["schedule"]["step"]
-    penalty = lambda stage: 2 * (sigma / level(stage)) ** 2  # noqa: E731
-    modules = scheme("GD", network, classifier.potential, level, penalty, step)
-    modules.append(Corrective(lambda stage: 1.05 * problem.lipschitz))  # with the data step's gamma, (6) would diverge
-    control = FullyDefined(modules)
+
+    def modules(level: Levels) -> list[Module]:
+        return scheme("GD", network, classifier.potential, level, lambda t: 2 * TRUST * (sigma / level(t)) ** 2, step)
+
+    start = propagate(Cascade(modules(lambda stage: schedule(stage)[1])), problem, z, steps=START, energy=False).x
+    correction = Corrective(lambda stage: 1.05 * problem.lipschitz)  # with the data step's gamma, (6) would diverge
+    control = FullyDefined([*modules(lambda stage: sigma), correction])
     control.check(problem)
-    result = propagate(control, problem, z, steps=steps or STEPS, tol=STOP, progress=progress)
+    result = propagate(control, problem, start, steps=steps or STEPS, tol=STOP, progress=progress)
     return Outcome(result.x, result, proposition_1(result))
 
 
