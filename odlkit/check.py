@@ -16,8 +16,8 @@ from torch import Tensor
 
 from odlkit.models import podm
 from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
-from odlkit.operators import Blur, Decimation, Gradient, Identity
-from odlkit.priors import Lp
+from odlkit.operators import Blur, Decimation, FilterBank, Gradient, Identity
+from odlkit.priors import Lp, SparseBox
 from odlkit.problem import LeastSquares, Problem, norm_items
 from odlkit.propagate import propagate
 from odlkit.solvers import HQS, GradientDescent, PlugAndPlay, ProximalGradient
@@ -492,3 +492,33 @@ def gdc_pcm_2(constant):
             yield "any prior", abs(constant(tau, L, False) - general) < 1e-9, f"{case}: expected {general:.3f}."
             yield "convex: proved", constant(tau, L, True) <= best + 1e-9, f"{case}: this is more than is proved."
             yield "convex: best", constant(tau, L, True) >= best - 1e-9, f"{case}: the prox objective is strongly convex."
+
+
+@exercise
+def rpodm_1(project):
+    """``project(u, low, high, s)``: the nearest point with ``low <= x <= high`` and at most s nonzeros in each image."""
+    for randn in draws():
+        u = 2 * randn(2, 1, 3, 4)
+        for low, high, s in ((-0.1, 1.0, 3), (-2.0, 0.5, 1), (0.0, 1.0, 12)):
+            x = project(u, low, high, s)
+            yield like(x, u)
+            yield "inside the box", x.min() >= low and x.max() <= high, f"Some value is not in [{low}, {high}]."
+            few = ((x != 0).flatten(1).sum(1) <= s).all()
+            yield "at most s nonzeros", few, f"Some image has more than {s}."
+            gap = norm_items(x - u) - norm_items(SparseBox(low, high, s).prox(u, 1.0) - u)
+            yield "nearest", (gap < 1e-12).all(), "Another point is nearer: compare what each kept pixel gains."
+
+
+@exercise
+def rpodm_3(trust):
+    """``trust(K, W, mu, x)``: the share of x_A in x_F for ``f = ||K u - y||^2``, on the half-plane of frequencies."""
+    for randn in draws():
+        K, x, y, mu = blur_of(randn), randn(2, 1, 8, 10), randn(2, 1, 8, 10), 0.3 + randn(1).abs().item()
+        W = FilterBank(randn(2, 3, 3))
+        t = trust(K, W, mu, x)
+        yield like(t, K.gram(x))
+        yield "between 0 and 1", t.min() >= 0 and t.max() <= 1, "It is a share: what is divided by the whole?"
+        mixed = t * torch.fft.rfft2(x) + (1 - t) * torch.fft.rfft2(y) / K.spectrum(x)
+        x_f = torch.fft.irfft2(mixed, s=x.shape[-2:])
+        exact = LeastSquares(K, y, 2.0).nearest(x, mu, W)
+        yield "mixes to x_F", (x_f - exact).abs().max() < 1e-9, "The mixture is not the minimiser: check factors."

@@ -147,6 +147,13 @@ MUTANTS = [
     ("gdc-pcm-ex-2", "(1 / tau - L) / 2", "(1 / tau + L) / 2", "any prior"),
     ("gdc-pcm-ex-2", "return 1 / tau - L / 2 if", "return 1 / tau + L if", "convex: proved"),
     ("gdc-pcm-ex-2", "return 1 / tau - L / 2 if", "return (1 / tau - L) / 2 if", "convex: best"),
+    ("rpodm-ex-1", ".view_as(u)", ".view_as(u).float()", "shape and dtype"),
+    ("rpodm-ex-1", "clamped.gather(1, best)", "flat.gather(1, best)", "inside the box"),
+    ("rpodm-ex-1", "gain.topk(s, dim=1)", "gain.topk(min(s + 1, 12), dim=1)", "at most s nonzeros"),
+    ("rpodm-ex-1", "flat.square() - (flat - clamped).square()", "clamped.abs()", "nearest"),
+    ("rpodm-ex-3", "return h / (K.gram(x) + h)", "return (h / (K.gram(x) + h))[:1]", "shape and dtype"),
+    ("rpodm-ex-3", "return h / (K.gram(x) + h)", "return 2 * h / (K.gram(x) + h)", "between 0 and 1"),
+    ("rpodm-ex-3", "mu / 2", "mu", "mixes to x_F"),
 ]  # fmt: skip
 
 

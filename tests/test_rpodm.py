@@ -134,6 +134,18 @@ def test_a_box_bounds_what_any_network_proposes():
         propagate(Relaxed(run.net, run.sigma), free, start, steps=60, energy=False)
 
 
+def test_a_stretched_network_runs_each_of_its_parts_in_turn():
+    run = Run(Blur(blur_kernel()), 1)
+    run.net.requires_grad_(False)
+    same, longer = run.net.stretched(2), run.net.stretched(4)
+    ends = [propagate(Relaxed(n, run.sigma), run.problem, run.start, steps=2, energy=False).x for n in (run.net, same)]
+    assert torch.equal(*ends)
+    assert [list(longer.networks).index(longer.network(stage)) for stage in range(4)] == [0, 0, 1, 1]
+    for stage in range(4):
+        assert torch.equal(longer.metrics[stage].mix, run.net.metrics[stage // 2].mix)
+        assert longer.log_steps[stage] == run.net.log_steps[stage // 2]
+
+
 class Killed(Exception):
     pass
 
@@ -146,14 +158,16 @@ def tiny(request, monkeypatch):
     elif "train400" not in data.available():
         pytest.skip("ODLKIT_DATA has no train400")
     monkeypatch.setattr(recipes, "HELD_OUT", 1)
-    monkeypatch.setattr(recipes, "STAGES", 3)
+    monkeypatch.setattr(recipes, "UNITS", 3)
+    phases = (({"steps": 6, "stop": 4, "lr": 1e-3}, 3, False, 96), ({"steps": 4, "lr": 1e-3}, 4, True, 96))
+    monkeypatch.setattr(recipes, "PHASES", phases)
     monkeypatch.setattr(recipes, "fit", partial(fit, save_every=2, warmup=2))
     monkeypatch.setattr(recipes, "denoiser", partial(recipes.denoiser, steps=2))
 
 
 RESUMED = {  # case -> recipe, its arguments, the call at which it is killed, the checkpoint that is left then
-    "deblur, first phase": ("deblur", {"steps": 2, "first": 4}, 3, "rpodm-deblur-first"),
-    "deblur, second phase": ("deblur", {"steps": 4, "first": 2}, 5, "rpodm-deblur"),
+    "deblur, first phase": ("deblur", {}, 3, "rpodm-deblur-1"),
+    "deblur, last phase": ("deblur", {}, 7, "rpodm-deblur-2"),
     "super-resolution": ("super_resolution", {"steps": 4, "stages": 3}, 3, "rpodm-sr"),
 }
 
@@ -176,11 +190,12 @@ def test_a_killed_training_resumes_to_the_same_weights(case, tiny, tmp_path, mon
     assert torch.load(tmp_path / "broken" / f"{left}.pt", weights_only=True)["step"] == 2  # of 4: a step is lost
     recipe(tmp_path / "broken", resume=True)
 
-    last = left.removesuffix("-first")
+    recipe_name = left.rstrip("-12")
+    last = left if recipe_name == left else f"{recipe_name}-2"
     whole, broken = (torch.load(tmp_path / run / f"{last}.pt", weights_only=True) for run in ("whole", "broken"))
     for key, value in whole["model"].items():
         assert torch.equal(value, broken["model"][key]), key
-    shipped = [load_file(tmp_path / run / f"{last}.safetensors") for run in ("whole", "broken")]
+    shipped = [load_file(tmp_path / run / f"{recipe_name}.safetensors") for run in ("whole", "broken")]
     assert all(torch.equal(value, shipped[1][key]) for key, value in shipped[0].items())
     start = torch.load(tmp_path / "whole" / "podm-denoiser.pt", weights_only=True)["model"]
     moved = [not torch.equal(v, whole["model"]["networks.0." + k.removeprefix("units.0.")]) for k, v in start.items()]
