@@ -193,7 +193,7 @@ class RelaxedNet(nn.Module):
 
     def stretched(self, stages: int) -> RelaxedNet:
         """The same networks for more stages; each takes metric and step of the stage at its place."""
-        net = RelaxedNet(**(self.config | {"stages": stages})).to(self.log_steps.device)
+        net = RelaxedNet(**(self.config | {"stages": stages})).to(self.log_steps)
         places = [stage * len(self) // stages for stage in range(stages)]
         net.networks.load_state_dict(self.networks.state_dict())
         for metric, place in zip(net.metrics, places, strict=True):
