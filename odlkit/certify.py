@@ -82,7 +82,7 @@ def subgradient_bound(trace: Trace, bound: float | Tensor, slack: float = 1e-13)
     return inequality("subgradient", trace["subgradient"], bound * trace["change"], slack * bound * trace["norm"])
 
 
-def rate(trace: Trace, kappa: float, slack: float = 1e-13) -> Check:
+def rate(trace: Trace, kappa: Tensor | float, slack: float = 1e-13) -> Check:
     """``min_{k < K} ||x^{k+1} - x^k||^2 <= (F(x^0) - F(x^K)) / (kappa K)`` for every K up to the run's length.
 
     Eq: PADNet (22), summed.

@@ -14,9 +14,9 @@ from odlkit.operators import Adjoint, Blur, BlurDecimate, Wavelet
 from odlkit.priors import Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import propagate
-from odlkit.solvers import FISTA
+from odlkit.solvers import FISTA, tikhonov
 from odlkit.tasks import sr as task
-from odlkit.tasks.sr import MODELS, SCALES, bicubic_kernel, energy, enlarge, extend, interpolate, super_resolve
+from odlkit.tasks.sr import MODELS, SCALES, SMOOTH, bicubic_kernel, energy, enlarge, extend, super_resolve
 
 PLAIN = torch.ones(1, 1)
 NEEDS = {"rpodm": "rpodm-sr", "podm": "podm-denoiser", "pnp": "podm-denoiser"}
@@ -76,7 +76,7 @@ def test_interpolation_explains_the_data(scale, kernel):
     operator = BlurDecimate((bicubic_kernel(scale) if kernel is None else kernel).double(), scale)
     x = data.sample("camera", (24 * scale, 24 * scale)).double()
     y = operator.A(x)
-    start = interpolate(operator, y)
+    start = tikhonov(operator, y, SMOOTH)
     slope = 2 * operator.A_adjoint(operator.A(start) - y)  # of ||A x - y||^2, balanced by the smoothness
     assert (operator.A(start) - y).square().mean() < 1e-3 * y.var() and slope.abs().max() < 0.05
     nearest = y.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
@@ -103,7 +103,7 @@ def test_coefficients_and_pixels_have_the_same_iterates(kernel):
     y = operator.A(data.sample("camera", 64).double())
     pixels = energy(operator, y, 1e-3)
     codes = Problem(LeastSquares(operator @ Adjoint(haar), y, 2.0), Lp(0.8, 1e-3))
-    start = interpolate(operator, y)
+    start = tikhonov(operator, y, SMOOTH)
     assert abs(codes.lipschitz - pixels.lipschitz) < 1e-9
     steps = [propagate(FISTA(1 / pixels.lipschitz), p, s, steps=15) for p, s in ((pixels, start), (codes, haar.A(start)))]
     assert (steps[0].x - haar.A_adjoint(steps[1].x)).abs().max() < 1e-9

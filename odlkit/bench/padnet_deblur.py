@@ -182,7 +182,7 @@ def tune(progress: bool = False) -> dict[str, Any]:
     clock = time.monotonic()
     truth = torch.cat([image[..., 32:224, 32:224] for image in data.images("bsd68")[2::12]])
     generator = torch.Generator().manual_seed(5)
-    cases = [observe(truth, random_kernel(generator), seed) for seed in range(3)]
+    observed = [observe(truth, random_kernel(generator), seed) for seed in range(3)]
 
     def tv(factor: float, blur: Blur, y: Tensor) -> Tensor:
         lam = factor * SIGMA**2
@@ -210,7 +210,7 @@ def tune(progress: bool = False) -> dict[str, Any]:
     for name, grid in grids.items():
         found = {}
         for factor, solve in cases(list(grid), None, name, progress, grid):
-            found[factor] = sum(psnr(solve(blur, y), truth).mean().item() for blur, y in cases) / len(cases)
+            found[factor] = sum(psnr(solve(blur, y), truth).mean().item() for blur, y in observed) / len(observed)
         best = max(found, key=lambda factor: found[factor])
         rows.append({"method": name, "psnr": {str(f): round(v, 3) for f, v in found.items()}, "best": best})
     return {

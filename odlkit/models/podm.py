@@ -182,7 +182,7 @@ class RelaxedNet(nn.Module):
         self.networks = nn.ModuleList(ConvUnit(**config) for config in units)
         self.metrics = nn.ModuleList(LearnedMetric(size) for _ in range(stages))
         self.log_steps = nn.Parameter(torch.full((stages,), -3.0))
-        self.config = {"units": list(units), "first": first, "last": last, "size": size, "stages": stages}
+        self.config: dict[str, Any] = {"units": list(units), "first": first, "last": last, "size": size, "stages": stages}
 
     def __len__(self) -> int:
         return len(self.metrics)

@@ -1,4 +1,4 @@
-"""The convolution units on the image domain: PADNet's seven layers with ReLU and batch normalization, PODM's six with ELU."""
+"""The convolution units on the image domain: PADNet's seven layers with ReLU and batch norm, PODM's six with ELU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.nn import functional as nnf
 class ConvUnit(nn.Module):
     """Estimate the noise in ``v`` in units of its standard deviation, ``G(v; W) ~ (v - x) / alpha``.
 
-    Seven 3x3 convolutions, ReLU between them, batch normalization after the second to the sixth (PADNet,
-    "Explicit / Implicit PADNet on Image Domain"); with ``depth=6, activation="elu"`` the network A of relaxed PODM.  With ``fold = 2`` the image is first rearranged into four half-size
-    channels, which doubles the receptive field and quarters the cost; the noise level enters as one constant channel.
+    Seven 3x3 convolutions, ReLU between them, batch normalization after the second to the sixth (PADNet, "Explicit /
+    Implicit PADNet on Image Domain"); with ``depth=6, activation="elu"`` the network A of relaxed PODM.  With ``fold = 2``
+    the image is first rearranged into four half-size channels, which doubles the receptive field and quarters the cost;
+    the noise level enters as one constant channel.
 
     Shapes: ``v`` is ``(B, C, H, W)`` with values around [0, 1]; ``alpha`` is a float or a tensor that broadcasts to
     ``(B, 1, 1, 1)``; the result has the shape of ``v``.  Odd sizes are padded inside and cropped again.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def dct_atoms(size: int) -> Tensor:
-    """The orthonormal two-dimensional DCT-II basis of ``size x size`` patches: ``(size^2, size, size)``, constant atom first."""
+    """The orthonormal DCT-II basis of ``size x size`` patches: ``(size^2, size, size)``, constant atom first."""
     n = torch.arange(size, dtype=torch.float64)
     rows = torch.cos(math.pi * (n + 0.5) * n[:, None] / size) * (2 / size) ** 0.5
     rows[0] /= 2**0.5
@@ -19,9 +19,10 @@ def dct_atoms(size: int) -> Tensor:
 class LearnedMetric(nn.Module):
     """``H = (mu / 2) sum_n F_n^T F_n`` with ``f_n = sum_m c_nm d_m`` over DCT atoms and ``log mu`` from a perceptron.
 
-    ``mu = 2 (sigma / alpha)^2 exp(MLP(log sigma, log scale))``: an untrained perceptron gives about the weight that Gaussian
-    noise of level alpha in ``x_A`` asks for beside ``f = ||A x - y||^2`` with noise of level sigma.  The filters start as the
-    atoms themselves, higher frequencies weighted more.  Eq: PODM (3), "DCT basis" and "multilayer perceptron" of section 5.2.
+    ``mu = 2 (sigma / alpha)^2 exp(MLP(log sigma, log scale))``: an untrained perceptron gives about the weight that
+    Gaussian noise of level alpha in ``x_A`` asks for beside ``f = ||A x - y||^2`` with noise of level sigma.  The filters
+    start as the atoms themselves, higher frequencies weighted more.
+    Eq: PODM (3), "DCT basis" and "multilayer perceptron" of section 5.2.
     """
 
     def __init__(self, size: int = 5, width: int = 16):
@@ -38,7 +39,7 @@ class LearnedMetric(nn.Module):
         return torch.einsum("nm,mhw->nhw", self.mix, self.atoms)
 
     def penalty(self, sigma: Tensor, alpha: Tensor, scale: float = 1.0) -> Tensor:
-        """``mu`` for noise levels ``sigma`` and network levels ``alpha``, ``(B, 1, 1, 1)`` each; ``scale`` is the magnification."""
+        """``mu`` for noise levels ``sigma`` and network levels ``alpha``, ``(B, 1, 1, 1)`` each, and a magnification."""
         logs = sigma.reshape(-1, 1).log()
         features = torch.cat([logs / 2 + 2, torch.full_like(logs, math.log(scale))], dim=1)  # roughly centred
         return 2 * (sigma / alpha).square() * self.mlp(features).exp().view(-1, 1, 1, 1)

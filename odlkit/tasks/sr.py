@@ -21,11 +21,11 @@ from odlkit import weights
 from odlkit.metrics import luminance
 from odlkit.models.padnet import Network, Schedule
 from odlkit.models.podm import PODM, Constants, Relaxed
-from odlkit.operators import BlurDecimate, FilterBank, Wavelet
+from odlkit.operators import BlurDecimate, Wavelet
 from odlkit.priors import Analysis, Box, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Record, Result, State, Status, Trace, propagate
-from odlkit.solvers import FISTA, PlugAndPlay
+from odlkit.solvers import FISTA, PlugAndPlay, tikhonov
 from odlkit.tasks.deblur_podm import proposition_1
 from odlkit.tasks.report import Model, Outcome, good_size, summary, unit_kernel, versions
 
@@ -118,17 +118,6 @@ def bicubic_kernel(scale: int) -> Tensor:
     weights = torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
     kernel = weights[:, None] * weights
     return kernel / kernel.sum()
-
-
-def interpolate(operator: BlurDecimate, y: Tensor, weight: float = SMOOTH) -> Tensor:
-    """``argmin_x ||A x - y||^2 + weight ||D x||^2``: smooth, explains the data, aligned by construction.
-
-    (With ``weight / 1000`` times ``||x||^2``, which the closed form needs.)
-    """
-    d = torch.zeros(3, 3, 3)
-    d[0, 1, 0], d[1, 0, 1], d[:2, 1, 1], d[2, 1, 1] = 1.0, 1.0, -1.0, 0.03
-    fidelity = LeastSquares(operator, y)
-    return fidelity.nearest(torch.zeros_like(fidelity.back), weight, FilterBank(d.to(y)))
 
 
 def luma(rgb: Tensor) -> Tensor:
@@ -259,7 +248,7 @@ def judged(result: Result, step: LearnedStart) -> dict[str, Any]:
 def _rpodm(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
     net: Any = weights.load("rpodm-sr").to(y)
     problem = Problem(LeastSquares(operator, y, 2.0), Box(0.0, 1.0))
-    start, count = interpolate(operator, y), steps or len(net)
+    start, count = tikhonov(operator, y, SMOOTH), steps or len(net)
     result = propagate(Relaxed(net, RPODM_SIGMA, scale), problem, start, steps=count, energy=False, progress=progress)
     return Outcome(result.x, result, _none("relaxed PODM keeps every proposal: no theorem covers it"))
 

@@ -21,7 +21,7 @@ from odlkit.priors import Box
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.solvers import tikhonov
-from odlkit.tasks.sr import bicubic_kernel, interpolate
+from odlkit.tasks.sr import SMOOTH, bicubic_kernel
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
 from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
@@ -74,7 +74,7 @@ def start(out: Path, resume: bool, stages: int, first: float, last: float | None
     """Relaxed PODM whose stages all begin as the greedily trained network."""
     greedy = denoiser(out, resume=resume or (out / "podm-denoiser.pt").exists(), width=width)
     torch.manual_seed(0)
-    net = RelaxedNet([greedy.units[0].config] * stages, first, last)
+    net = RelaxedNet([greedy.units[0].config] * stages, first, last)  # type: ignore[list-item]
     for network in net.networks:
         network.load_state_dict(greedy.units[0].state_dict())
     return net.to(best_device())
@@ -159,7 +159,7 @@ def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width:
         operator = BlurDecimate(kernel, scale)
         y = operator.A(x)
         with torch.autocast(device.type, enabled=False):
-            x0 = interpolate(operator, y)
+            x0 = tikhonov(operator, y, SMOOTH)
         return unroll(net, operator, y, x0, torch.full((len(x), 1, 1, 1), LEVEL).to(x), scale)
 
     def loss(generator: torch.Generator) -> Tensor:
