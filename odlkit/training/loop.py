@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from odlkit.images import atomic
+
 
 def patches(images: Sequence[Tensor], batch: int, size: int, generator: torch.Generator) -> Tensor:
     """Draw ``(batch, C, size, size)`` random crops with random flips and quarter turns from ``(1, C, H, W)`` images."""
@@ -100,8 +102,8 @@ def fit(
                 "seconds": spent + time.monotonic() - clock,
                 "history": history,
             }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with atomic(checkpoint) as handle:
+                torch.save(state, handle)
     return {
         "steps": steps,
         "seed": seed,

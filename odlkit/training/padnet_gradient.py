@@ -8,7 +8,6 @@ train400 without its last images, blurred by random kernels; no benchmark image 
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from odlkit import data
+from odlkit.images import atomic
 from odlkit.models.padnet import Constants, Implicit, Schedule
 from odlkit.models.padnet_gradient import BOUND, Repeated, Stages, explicit, gradient_problem, implicit
 from odlkit.networks import RBFUnit, ResidualNet
@@ -153,8 +153,8 @@ def design(
                 kept[name] = {"net": copy.deepcopy(net.state_dict()), "error": error}
                 if checkpoint is not None:
                     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save(kept, checkpoint.with_suffix(".tmp"))
-                    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                    with atomic(checkpoint) as handle:
+                        torch.save(kept, handle)
             bar.update()
             if not check and t + 1 < t_max:
                 continue
