@@ -89,6 +89,12 @@ class LeastSquares:
         ``(w A^T A + penalty W^T W) u = w A^T y + penalty W^T W x``.  Eq: PODM (3), with ``H = (penalty / 2) W^T W``.
         """
         rho = penalty / self.weight
+        gram = self.operator.gram(x)
+        other = None if gram is None or through is None else through.gram(x)
+        if gram is not None and other is not None:  # both circulant: one transform there, one back
+            weighted = rho * other
+            spectrum = (self._spectrum + weighted * torch.fft.rfft2(x)) / (gram + weighted)
+            return torch.fft.irfft2(spectrum, s=x.shape[-2:])
         return self._solve(add_scaled(self.back, x if through is None else through.normal(x), rho), rho, through)
 
     def _solve(self, rhs: Tensor, rho: Tensor | float, through: Operator | None) -> Tensor:
@@ -111,6 +117,10 @@ class LeastSquares:
         if made_for is not None:
             self._filter = (made_for, scaled)
         return torch.fft.irfft2(torch.fft.rfft2(rhs) * scaled, s=rhs.shape[-2:], norm="forward")
+
+    @cached_property
+    def _spectrum(self) -> Tensor:
+        return torch.fft.rfft2(self.back)
 
     @cached_property
     def bounds(self) -> tuple[float, float]:

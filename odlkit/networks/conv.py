@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class ConvUnit(nn.Module):
         super().__init__()
         self.config: dict[str, Any] = {"channels": channels, "width": width, "depth": depth, "fold": fold}
         self.config |= {"batch_norm": batch_norm, "activation": activation}
-        bend = {"relu": nn.ReLU, "elu": nn.ELU}[activation]
+        bend = partial({"relu": nn.ReLU, "elu": nn.ELU}[activation], inplace=True)
         inside = channels * fold**2
         self.fold = fold
         layers: list[nn.Module] = [nn.Conv2d(inside + 1, width, 3, padding=1), bend()]
