@@ -149,7 +149,7 @@ def captures(
                 "psnr": round(columns[:, 0].mean().item(), 2),
                 "ssim": round(columns[:, 1].mean().item(), 3),
                 "psnr_spread_over_pairs": round(columns[:, 0].std().item(), 2),
-                "seconds": round(columns[:, 2].median().item(), 2),
+                "seconds": round(columns[:, 2].median().item(), 2) if name in models else None,
                 "paper": paper.get(name),
             }
         )
