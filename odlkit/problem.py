@@ -39,6 +39,11 @@ def add_scaled(x: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
     return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
+def _definite(spectrum: Tensor) -> bool:
+    """Whether one may divide by it (a gradient's vanishes at the constant)."""
+    return bool(spectrum.min() > 100 * torch.finfo(spectrum.dtype).eps * spectrum.max())
+
+
 class Prior(Protocol):
     """A regulariser ``R`` with a computable proximal map."""
 
@@ -109,7 +114,7 @@ class LeastSquares:
         if gram is None or other is None:
             if through is None:
                 return self.operator.solve(rhs, rho)
-            if other is not None and isinstance(self.operator, BlurDecimate):
+            if isinstance(self.operator, BlurDecimate) and other is not None and _definite(other):
                 return self.operator.solve(rhs, rho, other)
             return conjugate_gradient(lambda x: self.operator.normal(x) + rho * through.normal(x), rhs)
         # with the 1 / (H W) of the inverse transform, which saves a pass over the image
