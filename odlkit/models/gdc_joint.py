@@ -33,7 +33,7 @@ class CascadeNet(nn.Module):
 
     and are learned as factors ``exp(4 (a + b log10(sigma / 0.02)))``.  Untrained it is the greedy cascade.  ``last`` =
     None is sigma itself.  With ``guided`` G also sees a picture of one channel, such as the mask of an interpolation.  In
-    training mode G computes in bfloat16.  Eq: GDC section VI-C, Table III, Table IV.
+    training mode G computes in bfloat16.  (GDC section VI-C, Tables III and IV.)
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def cascaded(
 
 
 def gdc(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
-    """The cascade of all three modules, trained jointly.  Eq: GDC Table IV."""
+    """The cascade of all three modules, trained jointly (GDC, Table IV)."""
     net: Any = weights.load("gdc-deblur-gdc").to(z)
     result = cascaded(net, z, blur, sigma, steps, progress)
     words = {"guarantee": "none", "statement": "stages trained jointly and run unchecked: no theorem", "holds": None}
