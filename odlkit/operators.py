@@ -278,7 +278,9 @@ class FilterBank(Operator):
     def autocorrelation(self) -> Tensor:
         """The kernel of ``A^T A``: ``(2 h - 1, 2 w - 1)``."""
         h, w = self.filters.shape[-2:]
-        return nnf.conv2d(self.filters[None], self.filters[None], padding=(h - 1, w - 1))[0, 0]
+        size = (2 * h - 1, 2 * w - 1)  # large enough that nothing wraps around
+        spectrum = torch.fft.rfft2(self.filters, s=size).abs().square().sum(0)
+        return torch.fft.irfft2(spectrum, s=size).roll((h - 1, w - 1), (0, 1))
 
     def gram(self, x: Tensor) -> Tensor:
         return self._cache(_key(x), lambda: Blur(self.autocorrelation).spectrum(x).real)
