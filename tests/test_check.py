@@ -35,7 +35,7 @@ def test_every_checker_has_an_exercise_and_every_chapter_two():
     checkers = {name for name, value in vars(check).items() if hasattr(value, "__wrapped__")}
     assert checkers == {e.checker for e in KNOWN.values()}
     groups = [name.split("_")[0] for name in checkers]
-    assert len(set(groups)) >= 8 and min(groups.count(g) for g in groups) >= 2
+    assert len(set(groups)) == 12 and min(groups.count(g) for g in groups) >= 2
     for name in checkers:
         assert re.match(r"``\w+\(.*\)``: ", getattr(check, name).__doc__), f"{name}: the docstring begins with the call"
 

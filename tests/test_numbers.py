@@ -23,6 +23,8 @@ STUDY = re.compile(r"^\*\*Study time\*\*.*$", re.M)
 # (chapter, the words around the number) -> why it may be typed.
 EXCUSED = {
     ("foundations/four-solvers", "step $0.99/L$"): "the exercise's instruction; the solution takes the solver's default",
+    ("podm/theorems", "$\\mu=0.1$"): "the two-cycle's constants, `odlkit.propositions.podm.two_cycle`",
+    ("podm/theorems", "F(x)=0.2"): "the two-cycle's energy, `odlkit.propositions.podm.two_cycle`",
     ("padnet/theorems", "C_E<0.05"): "a hypothesis: any such constant",
     ("padnet/theorems", "1.25\\sqrt{2\\lambda}<|a_i|<2.08"): "the definition of the band, `odlkit.instances.haar_band`",
 }

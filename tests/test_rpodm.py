@@ -52,7 +52,7 @@ def test_the_closed_form_minimises_and_the_printed_one_does_not(operator):
 
 
 def test_a_threshold_after_the_clamp_is_not_the_projection():
-    """The paper's prox of the sparse box is farther away than the exact one.  Eq: PODM section 5.2, "HardThre(Proj)"."""
+    """The paper's prox of the sparse box is farther away than the exact one.  Source: PODM section 5.2, "HardThre(Proj)"."""
     u = torch.tensor([-3.0, 0.5], dtype=torch.float64).view(1, 1, 1, 2)
     exact = SparseBox(-0.1, 1, 1).prox(u, 1.0).flatten().tolist()
     assert exact == [-0.1, 0.0]

@@ -97,7 +97,7 @@ def test_the_grid_holds_the_picture_and_fits_haar(size, scale):
 
 @pytest.mark.parametrize("kernel", [None, PLAIN], ids=["bicubic", "plain"])
 def test_coefficients_and_pixels_have_the_same_iterates(kernel):
-    """Eq: PODM section 5.1."""
+    """The energy of section 5.1 in coefficients and in pixels.  Eq: PODM (1)."""
     scale, haar = 2, Wavelet("haar", 3)
     operator = BlurDecimate((bicubic_kernel(scale) if kernel is None else kernel).double(), scale)
     y = operator.A(data.sample("camera", 64).double())
@@ -293,7 +293,7 @@ def test_tasks_and_models_are_listed():
 
 @pytest.mark.parametrize("name", [model("podm")])
 def test_the_printed_constant_keeps_no_proposal(name):
-    """Eq: PODM section 5.1: mu = 0.01, the whole move of the network; a hundredth of it with the repaired mu is kept."""
+    """Source: PODM section 5.1: mu = 0.01, the whole move of the network; a hundredth of it with the repaired mu is kept."""
     from odlkit.bench.podm_sr import Case
     from odlkit.models.podm import PODM, Constants
 

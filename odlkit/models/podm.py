@@ -173,7 +173,7 @@ class RelaxedNet(nn.Module):
 
     With more ``stages`` than ``units``, neighbouring stages share a network; each keeps its own metric and step.
     ``x_A = x - alpha A(x, alpha)`` with levels alpha falling from ``first`` to ``last`` (None: the noise level itself).
-    Eq: PODM section 4.2, theta_A and theta_H.
+    Source: PODM section 4.2, theta_A and theta_H.
     """
 
     def __init__(self, units: Sequence[dict], first: float = 0.2, last: float | None = None, size: int = 5, stages: int = 0):
@@ -209,7 +209,7 @@ class Relaxed:
     ``sigma`` is the noise level, a float or ``(B, 1, 1, 1)``; ``scale`` the magnification of super-resolution.  There are as
     many steps as ``net`` has stages; the last stage would serve further ones.  The problem's prior is the indicator of the
     set Omega (`SparseBox`, or `Box` where every pixel may be nonzero).
-    Eq: PODM section 4.2, with the corrected factor 2 of the closed form.
+    Source: PODM section 4.2, with the corrected factor 2 of the closed form.
     """
 
     net: RelaxedNet

@@ -35,7 +35,7 @@ def rpodm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool
     """Relaxed PODM.  Its set Omega is the box [0, 1], which is `SparseBox` with s = n: all pixels may be nonzero.
 
     (The paper's Omega, bounded by the extrema of the data, is empty where min z > 0 unless s = n.)
-    Eq: PODM section 5.2.
+    Source: PODM section 5.2.
     """
     net: Any = weights.load("rpodm-deblur").to(z)
     least = 2 * net.config["size"] - 1  # side of the kernel of W^T W

@@ -179,7 +179,7 @@ def energy(operator: BlurDecimate, y: Tensor, weight: float | None = None) -> Pr
     """``||A x - y||^2 + weight ||W x||_0.8^0.8`` with Haar's orthonormal W, three levels.
 
     In the coefficients ``a = W x`` it is ``||D a - y||^2 + weight ||a||_p^p`` with ``D = A W^T``: the same iterates.
-    Eq: PODM section 5.1.
+    Source: PODM section 5.1.
     """
     weight = default_weight(operator) if weight is None else weight
     return Problem(LeastSquares(operator, y, 2.0), Analysis(Wavelet("haar", LEVELS), Lp(POWER, weight)))
