@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from odlkit.networks import Classifier, ConvUnit, RBFUnit, ResidualNet
@@ -53,7 +54,10 @@ def load(name: str) -> nn.Module:
     elif network["kind"] == "relaxed":
         from odlkit.models.podm import RelaxedNet
 
-        model = RelaxedNet(**{key: value for key, value in network.items() if key != "kind"})
+        with torch.device("meta"):  # no time for random weights that are overwritten
+            model = RelaxedNet(**{key: value for key, value in network.items() if key != "kind"})
+        model.load_state_dict({key: value.float() for key, value in parse(blob).items()}, assign=True)
+        return model.eval().requires_grad_(False)
     elif network["kind"] == "cascade":
         from odlkit.models.gdc_joint import CascadeNet
 

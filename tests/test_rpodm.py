@@ -134,10 +134,10 @@ def test_a_box_bounds_what_any_network_proposes():
         propagate(Relaxed(run.net, run.sigma), free, start, steps=60, energy=False)
 
 
-def test_a_stretched_network_runs_each_of_its_parts_in_turn():
+def test_a_rearranged_network_runs_each_of_its_parts_in_turn():
     run = Run(Blur(blur_kernel()), 1)
     run.net.requires_grad_(False)
-    same, longer = run.net.stretched(2), run.net.stretched(4)
+    same, longer = run.net.rearranged((0, 1)), run.net.rearranged((0, 0, 1, 1))
     ends = [propagate(Relaxed(n, run.sigma), run.problem, run.start, steps=2, energy=False).x for n in (run.net, same)]
     assert torch.equal(*ends)
     assert [list(longer.networks).index(longer.network(stage)) for stage in range(4)] == [0, 0, 1, 1]
@@ -159,7 +159,10 @@ def tiny(request, monkeypatch):
         pytest.skip("ODLKIT_DATA has no train400")
     monkeypatch.setattr(recipes, "HELD_OUT", 1)
     monkeypatch.setattr(recipes, "UNITS", 3)
-    phases = (({"steps": 6, "stop": 4, "lr": 1e-3}, 3, False, 96), ({"steps": 4, "lr": 1e-3}, 4, True, 96))
+    phases = (
+        ({"steps": 6, "stop": 4, "lr": 1e-3}, (0, 1, 2), False, 96),
+        ({"steps": 4, "lr": 1e-3}, (0, 0, 1, 2), True, 96),
+    )
     monkeypatch.setattr(recipes, "PHASES", phases)
     monkeypatch.setattr(recipes, "fit", partial(fit, save_every=2, warmup=2))
     monkeypatch.setattr(recipes, "denoiser", partial(recipes.denoiser, steps=2))

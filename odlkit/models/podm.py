@@ -191,14 +191,13 @@ class RelaxedNet(nn.Module):
         """A of one stage."""
         return self.networks[stage * len(self.networks) // len(self)]
 
-    def stretched(self, stages: int) -> RelaxedNet:
-        """The same networks for more stages; each takes metric and step of the stage at its place."""
-        net = RelaxedNet(**(self.config | {"stages": stages})).to(self.log_steps)
-        places = [stage * len(self) // stages for stage in range(stages)]
+    def rearranged(self, places: Sequence[int]) -> RelaxedNet:
+        """The same networks for another number of stages: stage l takes metric and step of the present ``places[l]``."""
+        net = RelaxedNet(**(self.config | {"stages": len(places)})).to(self.log_steps)
         net.networks.load_state_dict(self.networks.state_dict())
         for metric, place in zip(net.metrics, places, strict=True):
             metric.load_state_dict(self.metrics[place].state_dict())
-        net.log_steps.data.copy_(self.log_steps.data[places])
+        net.log_steps.data.copy_(self.log_steps.data[list(places)])
         return net
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 
+@cache
 def dct_atoms(size: int) -> Tensor:
     """The orthonormal DCT-II basis of ``size x size`` patches: ``(size^2, size, size)``, constant atom first."""
-    n = torch.arange(size, dtype=torch.float64)
+    n = torch.arange(size, dtype=torch.float64, device="cpu")  # kept, whatever device is the default
     rows = torch.cos(math.pi * (n + 0.5) * n[:, None] / size) * (2 / size) ** 0.5
     rows[0] /= 2**0.5
     return torch.einsum("ih,jw->ijhw", rows, rows).reshape(size**2, size, size)
@@ -27,16 +29,15 @@ class LearnedMetric(nn.Module):
 
     def __init__(self, size: int = 5, width: int = 16):
         super().__init__()
-        atoms = dct_atoms(size).float()
+        self.size = size
         frequency = torch.arange(size).float()
         start = 0.2 + 0.2 * (frequency[:, None].square() + frequency.square()).sqrt().flatten()
-        self.register_buffer("atoms", atoms, persistent=False)
         self.mix = nn.Parameter(torch.diag(start) / size)  # (N, N); sum_n d_n^T d_n = size^2 I, hence the division
         self.mlp = nn.Sequential(nn.Linear(2, width), nn.ELU(), nn.Linear(width, 1))
 
     def filters(self) -> Tensor:
         """The filters ``(N, size, size)``."""
-        return torch.einsum("nm,mhw->nhw", self.mix, self.atoms)
+        return torch.einsum("nm,mhw->nhw", self.mix, dct_atoms(self.size).to(self.mix))
 
     def penalty(self, sigma: Tensor, alpha: Tensor, scale: float = 1.0) -> Tensor:
         """``mu`` for noise levels ``sigma`` and network levels ``alpha``, ``(B, 1, 1, 1)`` each, and a magnification."""
