@@ -415,7 +415,7 @@ def gdc_an_1(norm):
 
 @exercise
 def gdc_an_2(steps):
-    """``steps(P, m, L)``: the open interval (low, high) of all steps with P max(|1 - tau m|, |1 - tau L|) < 1, or None."""
+    """``steps(P, m, L)``: the open interval (low, high) of steps with ``P max(|1 - tau m|, |1 - tau L|) < 1``; or None."""
     for randn in draws():
         for more, m, wider in (randn(60, 3).abs() + 0.05).tolist():
             P, L = 1 + more, m * (1 + wider)

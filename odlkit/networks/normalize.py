@@ -6,7 +6,7 @@ A convolution is a linear operator on images, and its norm is not that of its we
 
 `normalized` divides every layer by a running estimate of its norm while a network is trained; `certified` then rescales once
 by the bound and returns plain weights, of which `lipschitz_bound` says what was proved, up to round-off.
-Eq: GDC (10), (11), corrected.
+Source: GDC (10), (11), corrected.
 """
 
 from __future__ import annotations
