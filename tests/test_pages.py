@@ -107,6 +107,13 @@ def test_weight(name):
     assert size < HEAVIEST, f"{name} weighs {size / 1e6:.2f} MB: fewer or smaller pictures, at most {HEAVIEST / 1e6} MB"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_that_cells_display_are_tables(name):
+    """Not paragraphs of bars and dashes, which is what plain Markdown makes of them."""
+    prose = re.sub(r"<(script|pre)\b.*?</\1>", "", (HTML / f"{name}.html").read_text(encoding="utf-8"), flags=re.S)
+    assert not re.search(r"\|\s*[-—]+\s*\|", prose), f"{name}: a table of a cell is not rendered"
+
+
 def test_widget_scripts_are_in_the_site():
     for path in WIDGETS.rglob("*.*"):
         assert (HTML / "_static" / "widgets" / path.relative_to(WIDGETS)).exists(), f"{path.name} is missing: run make book"
