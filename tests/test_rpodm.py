@@ -157,7 +157,7 @@ def tiny(request, monkeypatch):
         monkeypatch.setattr(data, "images", lambda name: list(data.samples(180).values()))
     elif "train400" not in data.available():
         pytest.skip("ODLKIT_DATA has no train400")
-    monkeypatch.setattr(recipes, "HELD_OUT", 1)
+    monkeypatch.setattr("odlkit.training.padnet.HELD_OUT", 1)  # where the pictures are split
     monkeypatch.setattr(recipes, "UNITS", 3)
     phases = (
         ({"steps": 6, "stop": 4, "lr": 1e-3}, (0, 1, 2), False, 96),

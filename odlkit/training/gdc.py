@@ -31,18 +31,13 @@ from odlkit.tasks.inpaint import LEVEL, fill
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
 from odlkit.training.masks import missing_at_random, random_mask
-from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
+from odlkit.training.padnet import HELD_OUT, best_device, fit_denoiser, log_uniform, pictures
 
 LEVELS = (0.003, 0.2)  # of the greedy networks: noise up to 0.1 as in the paper, and what the first stages ask for
 NOISE = (0.005, 0.12)  # of joint deblurring
 SIZE = 96  # of the patches that joint training runs on
 WHAT = {"GM": "data step, generative module", "GD": "data step, generative and discriminative module"}
 WHAT |= {"GC": "data step, generative and corrective module", "GDC": "data step and all three modules"}
-
-
-def _pictures() -> tuple[list[Tensor], list[Tensor]]:
-    pictures = data.images("train400")
-    return pictures[:-HELD_OUT], pictures[-HELD_OUT:]
 
 
 def _constant(level: float, stage: int) -> float:
@@ -57,23 +52,8 @@ def _noised(x: Tensor, alpha: Tensor, generator: torch.Generator) -> tuple[Tenso
 def generator_network(out: Path, resume: bool = False, steps: int = 3000, width: int = 64) -> ResidualNet:
     """Train G, seven convolutions and six ReLU, to estimate noise of every level in `LEVELS`."""
     torch.manual_seed(0)
-    (train, held), device = _pictures(), best_device()
-    net = ResidualNet([ConvUnit(width=width)]).to(device)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 16, 64, generator)
-        alpha = log_uniform(*LEVELS, len(x), generator)
-        y, noise = (t.to(device) for t in _noised(x, alpha, generator))
-        with torch.autocast(device.type, torch.bfloat16):
-            estimate = net.units[0](y, alpha.to(device))
-        return (estimate.float() - noise).square().mean()
-
-    def validate() -> float:
-        with torch.no_grad():
-            noisy = [_noised(x, torch.tensor(0.05), torch.Generator().manual_seed(i))[0] for i, x in enumerate(held)]
-            return sum(psnr(net(y.to(device), 0.05).cpu(), x).item() for y, x in zip(noisy, held, strict=True)) / len(held)
-
-    record = fit(net, loss, steps=steps, lr=1e-3, out=out, name="gdc-generator", resume=resume, validate=validate)
+    net = ResidualNet([ConvUnit(width=width)])
+    record = fit_denoiser(net, LEVELS, steps=steps, lr=1e-3, out=out, name="gdc-generator", resume=resume)
     card = {
         "name": "gdc-generator",
         "what": "GDC's generative network, trained greedily as a denoiser for every noise level: seven convolutions",
@@ -92,7 +72,7 @@ def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tu
     The step is the one of a few that denoises the validation images best, over levels from 0.01 to 0.1.
     """
     torch.manual_seed(0)
-    (train, held), device = _pictures(), best_device()
+    (train, held), device = pictures(), best_device()
     net = Classifier().to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -178,7 +158,7 @@ def _finish(net: CascadeNet, out: Path, name: str, record: dict, about: dict) ->
 def deblur(out: Path, resume: bool, scheme: str, steps: int = 2600, width: int = 64, stages: int = 5) -> None:
     """One scheme for deblurring with a known kernel: random kernels, 0.5 to 12% noise, log-uniform."""
     net, device, name = start(out, resume, scheme, width, stages=stages), best_device(), f"gdc-deblur-{scheme.lower()}"
-    train, held = _pictures()
+    train, held = pictures()
 
     def loss(generator: torch.Generator) -> Tensor:
         x = patches(train, 4, SIZE, generator).to(device)
@@ -230,7 +210,7 @@ def inpaint(out: Path, resume: bool = False, steps: int = 2000, width: int = 64,
     Of each batch two are colour pictures, one is a gray one in three equal channels.
     """
     net = start(out, resume, "GDC", width, stages=stages, last=LEVEL, p=0.8, guided=True)
-    device, (train, _) = best_device(), _pictures()
+    device, (train, _) = best_device(), pictures()
     vivid, held = colours(), data.images("set5", gray=False)
 
     def loss(generator: torch.Generator) -> Tensor:

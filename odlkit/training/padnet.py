@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,22 +39,27 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def greedy(out: Path, resume: bool = False, steps: int = 3500, width: int = 64) -> ResidualNet:
-    """Train one `ConvUnit` with batch normalization to estimate noise, for every level alpha in [0.005, 0.25]."""
-    torch.manual_seed(0)
-    pictures = data.images("train400")
-    train, held = pictures[:-HELD_OUT], pictures[-HELD_OUT:]
-    device = best_device()
-    unit = ConvUnit(width=width, batch_norm=True).to(device)
-    net = ResidualNet([unit])
+def pictures() -> tuple[list[Tensor], list[Tensor]]:
+    """train400: to train on, and the last `HELD_OUT` to validate with."""
+    every = data.images("train400")
+    return every[:-HELD_OUT], every[-HELD_OUT:]
+
+
+def fit_denoiser(net: ResidualNet, levels: tuple[float, float], **run: Any) -> dict:
+    """Train a network of one unit to estimate noise of every level in ``levels``, validated at 0.05; returns the record.
+
+    ``run`` goes to `fit`.
+    """
+    (train, held), device = pictures(), best_device()
+    net.to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
         x = patches(train, 16, 64, generator)
-        alpha = log_uniform(0.005, 0.25, len(x), generator)
+        alpha = log_uniform(*levels, len(x), generator)
         noise = torch.randn(x.shape, generator=generator)
         x, alpha, noise = x.to(device), alpha.to(device), noise.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            estimate = unit(x + alpha * noise, alpha)
+            estimate = net.units[0](x + alpha * noise, alpha)
         return (estimate.float() - noise).square().mean()
 
     def validate() -> float:
@@ -64,7 +70,14 @@ def greedy(out: Path, resume: bool = False, steps: int = 3500, width: int = 64) 
         net.train()
         return score
 
-    fit(net, loss, steps=steps, lr=2e-3, out=out, name="padnet-greedy", resume=resume, validate=validate)
+    return fit(net, loss, validate=validate, **run)
+
+
+def greedy(out: Path, resume: bool = False, steps: int = 3500, width: int = 64) -> ResidualNet:
+    """Train one `ConvUnit` with batch normalization to estimate noise, for every level alpha in [0.005, 0.25]."""
+    torch.manual_seed(0)
+    unit = ConvUnit(width=width, batch_norm=True)
+    fit_denoiser(ResidualNet([unit]), (0.005, 0.25), steps=steps, lr=2e-3, out=out, name="padnet-greedy", resume=resume)
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
@@ -84,8 +97,7 @@ def joint(out: Path, resume: bool = False, steps: int = 5000, width: int = 64) -
     """Fine-tune through the iteration at 0.3 to 3% noise: log mean squared error, mostly of the last v^k."""
     net, device = greedy(out, resume=True, width=width), best_device()
     net.to(device)
-    pictures = data.images("train400")
-    train, held = pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+    train, held = pictures()
 
     def loss(generator: torch.Generator) -> Tensor:
         x = patches(train, 4, 96, generator).to(device)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from odlkit import data
 from odlkit.metrics import psnr
 from odlkit.models.podm import Relaxed, RelaxedNet
 from odlkit.networks import ConvUnit, ResidualNet
@@ -24,7 +23,7 @@ from odlkit.solvers import tikhonov
 from odlkit.tasks.sr import SMOOTH, bicubic_kernel
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
-from odlkit.training.padnet import HELD_OUT, best_device, log_uniform
+from odlkit.training.padnet import HELD_OUT, best_device, fit_denoiser, log_uniform, pictures
 
 UNITS, FIRST = 6, 0.2  # networks of deblurring, neighbouring stages share one; the level of the first stage
 START = 100.0  # the smooth start weighs ||D x||^2 with 100 sigma^2: slopes of about 0.1
@@ -32,32 +31,11 @@ LEVEL = 0.01  # sigma that super-resolution of noise-free data is told: the last
 BOX = Box(0.0, 1.0)  # Omega with s = n: no photograph has black pixels to count on
 
 
-def _pictures() -> tuple[list[Tensor], list[Tensor]]:
-    pictures = data.images("train400")
-    return pictures[:-HELD_OUT], pictures[-HELD_OUT:]
-
-
 def denoiser(out: Path, resume: bool = False, steps: int = 4000, width: int = 64) -> ResidualNet:
     """Train A, six convolutions with ELU, to estimate noise of every level alpha in [0.003, 0.25]."""
     torch.manual_seed(0)
-    (train, held), device = _pictures(), best_device()
-    net = ResidualNet([ConvUnit(width=width, depth=6, activation="elu")]).to(device)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 16, 64, generator)
-        alpha = log_uniform(0.003, 0.25, len(x), generator)
-        noise = torch.randn(x.shape, generator=generator)
-        x, alpha, noise = x.to(device), alpha.to(device), noise.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            estimate = net.units[0](x + alpha * noise, alpha)
-        return (estimate.float() - noise).square().mean()
-
-    def validate() -> float:
-        with torch.no_grad():
-            noisy = [x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(held)]
-            return sum(psnr(net(y.to(device), 0.05).cpu(), x).item() for y, x in zip(noisy, held, strict=True)) / len(held)
-
-    record = fit(net, loss, steps=steps, lr=1e-3, out=out, name="podm-denoiser", resume=resume, validate=validate)
+    net = ResidualNet([ConvUnit(width=width, depth=6, activation="elu")])
+    record = fit_denoiser(net, (0.003, 0.25), steps=steps, lr=1e-3, out=out, name="podm-denoiser", resume=resume)
     card = {
         "name": "podm-denoiser",
         "what": "PODM's network A, trained greedily as a denoiser for every noise level: six convolutions with ELU",
@@ -108,7 +86,7 @@ PHASES = (  # of deblurring: for `fit`; the stages, by their places before; whet
 def deblur(out: Path, resume: bool = False, width: int = 64) -> None:
     """RPODM for deblurring with a known kernel, in `PHASES`: random kernels, 0.3 to 3% noise."""
     net, device = start(out, resume, UNITS, FIRST, None, width), best_device()
-    train, held = _pictures()
+    train, held = pictures()
 
     def restore(x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
         blur = Blur(kernel)
@@ -153,7 +131,7 @@ def deblur(out: Path, resume: bool = False, width: int = 64) -> None:
 def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width: int = 64, stages: int = 5) -> None:
     """RPODM for super-resolution by 2, 3 and 4, of bicubic and of plainly decimated images, without noise."""
     net, device = start(out, resume, stages, 0.1, LEVEL, width), best_device()
-    train, held = _pictures()
+    train, held = pictures()
 
     def restore(x: Tensor, scale: int, bicubic: bool) -> list[Tensor]:
         kernel = bicubic_kernel(scale).to(x) if bicubic else torch.ones(1, 1).to(x)
