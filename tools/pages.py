@@ -313,7 +313,7 @@ def certificates() -> str:
 
 def record_certificates() -> None:
     """Run ``odlkit certify`` and store its output with where it comes from."""
-    from odlkit.tasks.deblur import versions
+    from odlkit.tasks.report import versions
     from odlkit.training.loop import commit, hardware
 
     with tempfile.TemporaryDirectory() as folder:

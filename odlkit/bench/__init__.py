@@ -41,7 +41,7 @@ def provenance(suite: str, sets: Iterable[str], seeds: Iterable[int], weights: I
     import torch
 
     from odlkit import data
-    from odlkit.tasks.deblur import versions
+    from odlkit.tasks.report import versions
     from odlkit.training.loop import commit, hardware
     from odlkit.weights import card
 

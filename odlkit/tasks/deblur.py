@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from odlkit import weights
-from odlkit.certify import descent, error_condition
 from odlkit.linear import conjugate_gradient
 from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
 from odlkit.operators import Blur, Gradient, Wavelet
@@ -26,7 +25,17 @@ from odlkit.propositions.padnet import bounded_moves
 from odlkit.solvers import ADMM, FISTA
 from odlkit.tasks.deblur_gdc import gdc, gdc_pcm
 from odlkit.tasks.deblur_podm import podm, rpodm
-from odlkit.tasks.report import Model, Outcome, good_size, summary, unit_kernel, versions
+from odlkit.tasks.report import (
+    ROUND_OFF,
+    Model,
+    Outcome,
+    certified_descent,
+    check_finite,
+    check_model,
+    good_size,
+    report,
+    unit_kernel,
+)
 
 # Settings, chosen on BSD68 with random kernels.  The classical energies are (1/2)||A x - y||^2 + lambda R with
 # lambda = factor * sigma^2, as maximum a posteriori estimation has it: a prior that is fixed, noise of variance sigma^2.
@@ -39,7 +48,6 @@ WAVELET, LEVELS, WAVELET_FACTOR = "db4", 3, 18.0
 EPADNET_BETA, EPADNET_FACTOR = 0.05, 4.5  # by ADMM's result, so that no comparison favours EPADNet
 EPADNET_MOREAU, EPADNET_STEP, EPADNET_TOLERANCE = 3.0, 1 / 3.5, 1.1  # mu / L, tau L, C_E / L: kappa = 0.15 L
 EPADNET_HALVINGS, EPADNET_STOP, EPADNET_STEPS = 4, 0.02, 30
-ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
 
 def deblur(
@@ -74,32 +82,22 @@ def deblur(
     else:
         x, outcomes = _tiled(channels, kernel, used, run, boundary, steps, progress, tile)
     x = x.reshape(y.shape)
-    report = summary(outcomes) | {
-        "task": "deblur",
-        "model": model,
-        "seconds": round(time.monotonic() - clock, 3),
-        "device": str(y.device),
-        "input": {"shape": list(y.shape), "kernel": list(kernel.shape)},
-        "output": {"shape": list(x.shape)},
-        "settings": {"sigma": level, "sigma_used": used, "boundary": boundary, "tile": tile},
-        "notes": notes,
-        "versions": versions(),
-    }
+    settings = {"sigma": level, "sigma_used": used, "boundary": boundary, "tile": tile}
+    about = {"input": {"kernel": list(kernel.shape)}, "settings": settings, "notes": notes}
+    told = report("deblur", model, clock, outcomes, y, x, **about)
     if boundary == "unknown":
-        report["certificate"]["of"] = "the problem on the larger periodic grid, the unseen part of its data filled in"
-    return x, report
+        told["certificate"]["of"] = "the problem on the larger periodic grid, the unseen part of its data filled in"
+    return x, told
 
 
 def check(y: Tensor, kernel: Tensor, sigma: Any, model: str, boundary: str, tile: int | None) -> tuple[Tensor, list[str]]:
     """The kernel scaled to sum 1, and notes.  Raises ``ValueError`` naming the first bad argument."""
-    if model not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    check_model(model, MODELS)
     if boundary not in ("unknown", "circular"):
         raise ValueError(f"boundary: expected unknown or circular, got {boundary!r}")
     if y.dim() != 4 or not y.is_floating_point():
         raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("input: expected finite numbers, got NaN or infinity")
+    check_finite(y)
     if sigma is not None and not 0 <= float(sigma) < 1:
         raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
     if tile is not None and (tile < 16 or boundary == "circular"):
@@ -230,17 +228,11 @@ def _epadnet(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: b
 
 def _theorem_1(result: Result, constants: Constants) -> dict[str, Any]:
     """PADNet's Theorem 1 on this run: the descent that each step must reach, and the error condition."""
-    fall = descent(result.trace, constants.kappa, slack=ROUND_OFF)
-    condition = error_condition(result.trace, constants.tolerance, slack=ROUND_OFF)
-    return {
+    words = {
         "guarantee": "PADNet, Theorem 1 repaired: error condition or fallback at each step, convex fidelity, kappa > 0",
         "statement": "the energy falls by kappa ||change||^2 or more at every step; cluster points are critical points",
-        "holds": fall.holds and condition.holds,
-        "margin": fall.margin,
-        "kappa": constants.kappa,
-        "acceptance_rate": result.trace.acceptance_rate(),
-        "subgradient_norm": result.trace["subgradient"][-1].max().item(),
     }
+    return certified_descent(result, constants.kappa, constants.tolerance, words)
 
 
 def _tv(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:

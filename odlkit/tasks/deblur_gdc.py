@@ -20,12 +20,11 @@ from odlkit.operators import Blur, Wavelet
 from odlkit.priors import Analysis, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
-from odlkit.tasks.report import Outcome
+from odlkit.tasks.report import ROUND_OFF, Outcome
 
 HAAR, FACTOR = 3, 36.0  # levels of the wavelets; lambda = FACTOR sigma^2
 START, FIRST, TRUST = 8, 0.2, 0.25  # stages of the start, the level of its first, and the factor of its gamma
 STOP, STEPS = 1e-3, 30  # relative change at which Algorithm 1 stops, and its most stages
-ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
 
 def cascaded(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from odlkit import weights
-from odlkit.certify import descent, error_condition
 from odlkit.models.padnet import Schedule
 from odlkit.models.podm import PODM, Constants, Relaxed
 from odlkit.operators import Blur, Wavelet
@@ -20,7 +19,7 @@ from odlkit.priors import Analysis, Box, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
 from odlkit.solvers import PlugAndPlay, tikhonov
-from odlkit.tasks.report import Outcome
+from odlkit.tasks.report import Outcome, certified_descent
 
 # Settings of the controlled model, chosen on the last twelve images of train400 with random kernels.
 LEVELS, FACTOR = 3, 3.0  # Haar levels; lambda = FACTOR sigma^2
@@ -28,7 +27,6 @@ START, FIRST, TRUST = 8, 0.2, 0.25  # stages of the start, the noise level of th
 LATER, HALVINGS = 0.5, 4  # level of the controlled stages in units of sigma, half-moves tried before the feedback
 STOP, STEPS = 5e-4, 12  # relative change at which it stops, and the most stages
 RELAXED_START = 100.0  # as in training: the smooth solution with this times sigma^2 is where relaxed PODM begins
-ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
 
 def rpodm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
@@ -83,15 +81,8 @@ def podm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool)
 
 def proposition_1(result: Result, constants: Constants) -> dict[str, Any]:
     """PODM's Proposition 1, repaired, on this run: the descent of each stage's branch, and the optimality error."""
-    kappa = result.trace["kappa"]
-    fall = descent(result.trace, kappa, slack=ROUND_OFF)
-    condition = error_condition(result.trace, constants.tolerance, slack=ROUND_OFF)
-    return {
+    words = {
         "guarantee": "PODM, Proposition 1 repaired: optimality error or feedback at each stage, convex fidelity, kappa > 0",
         "statement": "the energy falls by kappa ||change||^2 or more at every stage; cluster points are critical points",
-        "holds": fall.holds and condition.holds,
-        "margin": fall.margin,
-        "kappa": kappa.min().item(),  # the smaller of the two branches' constants, where both were taken
-        "acceptance_rate": result.trace.acceptance_rate(),
-        "subgradient_norm": result.trace["subgradient"][-1].max().item(),
     }
+    return certified_descent(result, result.trace["kappa"], constants.tolerance, words)

@@ -20,14 +20,13 @@ from odlkit.priors import Analysis, GroupLp, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, State, Status, Trace, propagate
 from odlkit.solvers import ADMM, ProximalGradient
-from odlkit.tasks.report import Model, Outcome, good_size, summary, versions
+from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_model, good_size, report
 
 LEVEL = 0.005  # sigma that the network is told for data without noise: the last level, and its trust in the data
 HAAR = 3  # levels of the wavelet baseline
 HAAR_WEIGHT, HAAR_STEPS = 1e-4, 200  # lambda of (1/2) ||M u - y||^2 + lambda ||B^T u||^0.8; no larger one is better
 TV_WEIGHT, TV_PENALTY, TV_STEPS = 0.002, 0.02, 60
 TOLERANCE = 1e-4  # relative change at which the classical solvers stop
-ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
 
 def inpaint(
@@ -47,24 +46,12 @@ def inpaint(
     known = nnf.pad(mask, pad)
     outcome = MODELS[model].run(known * start, known, start, steps, progress)
     x = torch.where(mask > 0, y, outcome.x[..., :height, :width])
-    report = summary([outcome]) | {
-        "task": "inpaint",
-        "model": model,
-        "seconds": round(time.monotonic() - clock, 3),
-        "device": str(y.device),
-        "input": {"shape": list(y.shape), "known": round(mask.mean().item(), 4)},
-        "output": {"shape": list(x.shape)},
-        "settings": {},
-        "notes": [],
-        "versions": versions(),
-    }
-    return x, report
+    return x, report("inpaint", model, clock, [outcome], y, x, input={"known": round(mask.mean().item(), 4)})
 
 
 def check(y: Tensor, mask: Tensor, model: str) -> Tensor:
     """The mask as ``(B, 1, H, W)`` zeros and ones like ``y``.  Raises ``ValueError`` naming the first bad argument."""
-    if model not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    check_model(model, MODELS)
     if y.dim() != 4 or not y.is_floating_point():
         raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
     full = mask[None, None] if mask.dim() == 2 else mask

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from odlkit.certify import descent, error_condition
 from odlkit.propagate import Result
+
+ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
 
 @dataclass
@@ -79,6 +83,55 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "certificate": dict(worst.certificate) | ({"tiles": len(outcomes)} if len(outcomes) > 1 else {}),
         "accepted": int(decided.sum()) if len(decided) else None,
         "rejected": int((1 - decided).sum()) if len(decided) else None,
+    }
+
+
+def report(
+    task: str, model: str, clock: float, outcomes: list[Outcome], y: Tensor, x: Tensor, **more: Any
+) -> dict[str, Any]:
+    """The report of a run that began at ``clock`` (of ``time.monotonic``): `summary`, sizes, settings, notes, versions.
+
+    ``more`` replaces or adds entries; what it holds under ``input`` is added to the shape of ``y``.
+    """
+    return summary(outcomes) | {
+        "task": task,
+        "model": model,
+        "seconds": round(time.monotonic() - clock, 3),
+        "device": str(y.device),
+        "output": {"shape": list(x.shape)},
+        "settings": {},
+        "notes": [],
+        "versions": versions(),
+        **more,
+        "input": {"shape": list(y.shape), **more.get("input", {})},
+    }
+
+
+def check_model(model: str, known: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless the model is one of the task's."""
+    if model not in known:
+        raise ValueError(f"model: expected one of {', '.join(known)}, got {model!r}")
+
+
+def check_finite(y: Tensor) -> None:
+    """Raise ``ValueError`` for NaN or infinity."""
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("input: expected finite numbers, got NaN or infinity")
+
+
+def certified_descent(result: Result, kappa: Tensor | float, tolerance: float, words: dict[str, str]) -> dict[str, Any]:
+    """That the energy fell by ``kappa ||change||^2`` at every step and the error condition held, up to round-off.
+
+    ``kappa`` is one constant or ``(K, B)``, that of the branch taken; of several the smallest is reported.
+    """
+    fall = descent(result.trace, kappa, slack=ROUND_OFF)
+    condition = error_condition(result.trace, tolerance, slack=ROUND_OFF)
+    return words | {
+        "holds": fall.holds and condition.holds,
+        "margin": fall.margin,
+        "kappa": kappa.min().item() if isinstance(kappa, Tensor) else kappa,
+        "acceptance_rate": result.trace.acceptance_rate(),
+        "subgradient_norm": result.trace["subgradient"][-1].max().item(),
     }
 
 

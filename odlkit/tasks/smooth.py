@@ -28,10 +28,9 @@ from odlkit.priors import Analysis, GroupLp, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Step, propagate
 from odlkit.solvers import ProximalGradient
-from odlkit.tasks.report import Model, Outcome, good_size, summary, versions
+from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_finite, check_model, good_size, report
 
 LAST = 1e4  # beta grows up to here, where D S and h differ by less than a gray level
-ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 WAVELET = 3  # levels of the Haar transform
 GDC_STEPS = 2  # of Algorithm 1 at each beta: one with the learned modules, one without
 MARGIN = 1e-8  # of the energy's decrease; L grows with beta, so a margin in units of L must be small
@@ -47,30 +46,17 @@ def smooth(
     to sides that the transforms like.  Raises ``ValueError`` for bad arguments and `PropagationError` when a run diverges.
     """
     clock = time.monotonic()
-    if model not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    check_model(model, MODELS)
     if y.dim() != 4 or not y.is_floating_point():
         raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("input: expected finite numbers, got NaN or infinity")
+    check_finite(y)
     if not 0 < strength < 1:
         raise ValueError(f"strength: expected a number in (0, 1), the price of an edge pixel, got {strength}")
     height, width = y.shape[-2:]
     grid = nnf.pad(y, (0, good_size(width) - width, 0, good_size(height) - height), mode="replicate")
     outcome = MODELS[model].run(grid, float(strength), steps, progress)
     x = outcome.x[..., :height, :width]
-    report = summary([outcome]) | {
-        "task": "smooth",
-        "model": model,
-        "seconds": round(time.monotonic() - clock, 3),
-        "device": str(y.device),
-        "input": {"shape": list(y.shape)},
-        "output": {"shape": list(x.shape)},
-        "settings": {"strength": float(strength)},
-        "notes": [],
-        "versions": versions(),
-    }
-    return x, report
+    return x, report("smooth", model, clock, [outcome], y, x, settings={"strength": float(strength)})
 
 
 class Split(Operator):

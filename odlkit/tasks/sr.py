@@ -27,7 +27,7 @@ from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Record, Result, State, Status, Trace, propagate
 from odlkit.solvers import FISTA, PlugAndPlay, tikhonov
 from odlkit.tasks.deblur_podm import proposition_1
-from odlkit.tasks.report import Model, Outcome, good_size, summary, unit_kernel, versions
+from odlkit.tasks.report import Model, Outcome, check_finite, check_model, good_size, report, unit_kernel
 
 SCALES = (2, 3, 4)
 SMOOTH = 1e-3  # weight of the smoothness in the interpolation that relaxed PODM starts from
@@ -71,31 +71,21 @@ def super_resolve(
     if y.shape[1] == 3:
         colours = enlarge(y, scale, kernel)
         x = colours + (x - luma(colours))  # the same change of all channels keeps both chrominances
-    report = summary([outcome]) | {
-        "task": "sr",
-        "model": model,
-        "seconds": round(time.monotonic() - clock, 3),
-        "device": str(y.device),
-        "input": {"shape": list(y.shape), "kernel": list(kernel.shape)},
-        "output": {"shape": list(x.shape)},
-        "settings": {"scale": scale, "lambda": default_weight(operator) if model in ("fista", "podm") else None},
-        "notes": notes,
-        "versions": versions(),
-    }
-    report["certificate"]["of"] = "the problem for the luminance, on the larger periodic grid"
-    return x, report
+    settings = {"scale": scale, "lambda": default_weight(operator) if model in ("fista", "podm") else None}
+    about = {"input": {"kernel": list(kernel.shape)}, "settings": settings, "notes": notes}
+    told = report("sr", model, clock, [outcome], y, x, **about)
+    told["certificate"]["of"] = "the problem for the luminance, on the larger periodic grid"
+    return x, told
 
 
 def check(y: Tensor, scale: int, model: str, kernel: Tensor | None) -> tuple[Tensor, list[str]]:
     """The kernel scaled to sum 1, and notes.  Raises ``ValueError`` naming the first bad argument."""
-    if model not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    check_model(model, MODELS)
     if scale not in SCALES:
         raise ValueError(f"scale: expected 2, 3 or 4, got {scale}")
     if y.dim() != 4 or y.shape[1] not in (1, 3) or not y.is_floating_point():
         raise ValueError(f"input: expected a floating point tensor (B, 1 or 3, H, W), got {tuple(y.shape)} of {y.dtype}")
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("input: expected finite numbers, got NaN or infinity")
+    check_finite(y)
     if kernel is None:
         return bicubic_kernel(scale).to(y), []
     limit = (scale * y.shape[-2], scale * y.shape[-1])
