@@ -14,6 +14,7 @@ RECIPES = {
     "gdc-deblur-gc": "odlkit.training.gdc:deblur_gc",
     "gdc-deblur-gdc": "odlkit.training.gdc:deblur_gdc",
     "gdc-inpaint": "odlkit.training.gdc:inpaint",
+    "hodl-denoiser": "odlkit.training.hodl:denoiser",
 }
 
 
