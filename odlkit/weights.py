@@ -32,10 +32,10 @@ def load(name: str) -> nn.Module:
     """The network ``N_alpha`` of that name on the CPU, float32, in evaluation mode; called as ``network(v, alpha)``.
 
     ``card["network"]`` is ``{"kind": "conv" | "rbf" | "unet", "units": [config, ...], "bound": float | None}``, the
-    arguments of a `ResidualNet`; where ``card["schedule"]`` has ``stages``, ``units`` is one such list for each iteration and
-    the result is `odlkit.models.padnet_gradient.Stages`.  With ``{"kind": "relaxed", "units", "first", "last", "size"}`` the
-    result is the `odlkit.models.podm.RelaxedNet` of these arguments, which `odlkit.models.podm.Relaxed` runs.  Raises
-    ``ValueError`` for unknown names and for a file whose SHA-256 is not the card's.
+    arguments of a `ResidualNet`; where ``card["schedule"]`` has ``stages``, ``units`` is one such list for each iteration
+    and the result is `odlkit.models.padnet_gradient.Stages`.  With ``{"kind": "relaxed", "units", "first", "last",
+    "size"}`` the result is the `odlkit.models.podm.RelaxedNet` of these arguments, which `odlkit.models.podm.Relaxed`
+    runs.  Raises ``ValueError`` for unknown names and for a file whose SHA-256 is not the card's.
     """
     from safetensors.torch import load as parse
 

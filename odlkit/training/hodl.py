@@ -17,7 +17,7 @@ LEVELS = (0.003, 0.25)  # noise of the denoiser: what plug-and-play asks for in 
 WIDTHS = (32, 64, 128)
 
 
-def denoiser(out: Path, resume: bool = False, steps: int = 8000) -> ResidualNet:
+def denoiser(out: Path, resume: bool = False, steps: int = 5000) -> ResidualNet:
     """Train the U-shaped network to estimate noise of every level in `LEVELS`."""
     torch.manual_seed(0)
     net = ResidualNet([UNet(widths=WIDTHS)])
