@@ -133,6 +133,16 @@ def test_a_function_edited_makes_those_stale_that_import_it(copied):
     assert made_from(PROBLEMS) != before[PROBLEMS]
 
 
+def test_a_task_edited_makes_those_stale_that_run_the_command(copied, tmp_path):
+    cells = [nbformat.v4.new_code_cell('subprocess.run([sys.executable, "-m", "odlkit", *words.split()])')]
+    command = nbformat.v4.new_notebook(cells=cells)
+    before = stamps.stamp(command, tmp_path), made_from(THEOREMS)
+    edit(copied / "tasks/smooth.py", "import torch\n", "import torch\n\nUNUSED = 1\n")
+    after = stamps.stamp(command, tmp_path)
+    assert [name for name in after if after[name] != before[0][name]] == ["odlkit/tasks/smooth.py"]
+    assert made_from(THEOREMS) == before[1]
+
+
 def test_weights_count_where_they_may_be_loaded(copied):
     before = {source: made_from(source) for source in (THEOREMS, PROBLEMS)}
     (card,) = list((copied / "weights").glob("padnet-image.json"))
@@ -168,7 +178,10 @@ def test_imports_are_followed(copied):
     names = stamps.modules("from odlkit.sub.inner import X")
     assert {"odlkit.sub.inner", "odlkit.sub", "odlkit.late", "odlkit.control", "odlkit"} <= set(names)
     assert "odlkit.certify" not in names
-    assert "odlkit.tasks.deblur" in stamps.modules('run([sys.executable, "-m", "odlkit"])')
+    played = stamps.modules('run([sys.executable, "-m", "odlkit"])')  # the command plays what its tables name
+    assert {"odlkit.tasks.deblur", "odlkit.tasks.smooth", "odlkit.propositions.gdc"} <= set(played)
+    assert not {"odlkit.tasks.smooth", "odlkit.cli"} & set(stamps.modules("from odlkit.tasks.deblur import deblur"))
+    assert "odlkit.propositions.gdc" not in stamps.modules("from odlkit.certify import settled")
     with pytest.raises(ValueError, match="relative"):
         stamps.imported("from . import control")
 

@@ -1,8 +1,9 @@
 """What the outputs of a chapter were made from, file by file, so that a stale chapter is named together with the reason.
 
 A chapter depends on its own code, on the modules of odlkit that this code imports (transitively; imports inside functions
-count), on the shipped weights if odlkit.weights is among them, on the files of the book that it names, and on torch. The
-comments and docstrings of odlkit change no output and do not count, nor does the chapter's prose.
+count; so does, where odlkit's command is started, what its tables name as ``module:function``), on the shipped weights if
+odlkit.weights is among them, on the files of the book that it names, and on torch. The comments and docstrings of odlkit
+change no output and do not count, nor does the chapter's prose.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "odlkit"
+COMMAND = {f"{PACKAGE}.__main__", f"{PACKAGE}.cli"}
 WEIGHTS = f"{PACKAGE}.weights"  # the one module that reads files beside it which a chapter's outputs depend on
 
 
@@ -67,17 +69,30 @@ def imported(code: str) -> frozenset[str]:
     return frozenset(name for name in names if name.split(".")[0] == PACKAGE)
 
 
+@cache
+def places(code: str) -> frozenset[str]:
+    """The modules in the strings ``module:function`` by which the tables of tasks, certificates and so on name theirs."""
+    strings = (n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return frozenset(text.partition(":")[0] for text in strings if re.fullmatch(rf"{PACKAGE}(\.\w+)+:\w+", text))
+
+
 def modules(code: str) -> dict[str, Path]:
-    """Every module of odlkit that the code imports, with its file: directly, through another, or as a parent package."""
+    """Every module of odlkit that the code imports, with its file: directly, through another, or as a parent package.
+
+    The command plays whatever a table names, so its places count.  They do not where a table's module is imported for
+    something else: the inequalities of `odlkit.certify` lead to no proposition, nor does one task lead to the others.
+    """
     found: dict[str, Path] = {}
     todo = set(imported(code))
+    plays = not COMMAND.isdisjoint(todo)
     while todo:
         name = todo.pop()
         file = module_file(name)
         if file is None or name in found:  # an object of a module, or done
             continue
         found[name] = file
-        todo |= imported(file.read_text(encoding="utf-8")) | ({name.rpartition(".")[0]} - {""})
+        text = file.read_text(encoding="utf-8")
+        todo |= imported(text) | (places(text) if plays else set()) | ({name.rpartition(".")[0]} - {""})
     return found
 
 
