@@ -38,12 +38,35 @@ class ErrorCondition:
         return norm_items(candidate.error) <= self.tolerance * norm_items(candidate.corrected - candidate.old)
 
 
-class OptimalityError:
-    """Accept iff ``||psi|| <= tolerance ||x+ - x||``, with psi computed from the points, whatever propagation made them.
+def distance_operator(x: Tensor, penalty: float, metric: Operator | None = None) -> Tensor:
+    """``H x`` with ``H = (mu / 2) W^T W``, ``mu = penalty`` and ``W = metric``, None for the identity."""
+    return penalty / 2 * (x if metric is None else metric.normal(x))
 
-    ``psi = (x~ - x+)/tau - (mu/2)(2 x~ - x+ - x) + H (x+ - x) + grad f(x+) - grad f(x~)`` for a proposal ``x~`` that was
-    corrected with ``tau = step_size`` and ``mu = penalty`` (PADNet 7 and PODM 7 are the same step), and
-    ``H = (mu / 2) W^T W`` with ``W = metric``, None for the identity: then psi is PADNet's error (12).
+
+def optimality_error(
+    problem: Problem,
+    old: Tensor,
+    proposal: Tensor,
+    new: Tensor,
+    step_size: float,
+    penalty: float,
+    metric: Operator | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    """``psi = (x~ - x+)/tau - (mu/2)(2 x~ - x+ - x) + H (x+ - x) + grad f(x+) - grad f(x~)``, like ``x``.
+
+    ``x~`` is a proposal that was corrected to ``x+`` with ``tau = step_size`` and ``mu = penalty`` (PADNet 7 and PODM 7 are
+    the same step), ``H`` is that of `distance_operator`; with ``metric=None`` psi is PADNet's error (12).  ``slope`` is
+    ``grad f(x~)`` where it is known.  Eq: PODM (5), PADNet (12).
+    """
+    slope = problem.fidelity.grad(proposal) if slope is None else slope
+    move = (proposal - new) / step_size - penalty / 2 * (2 * proposal - new - old)
+    return move + distance_operator(new - old, penalty, metric) + problem.fidelity.grad(new) - slope
+
+
+class OptimalityError:
+    """Accept iff ``||psi|| <= tolerance ||x+ - x||`` with `optimality_error`, whatever propagation made the points.
+
     Eq: PODM (5), PADNet (12).
     """
 
@@ -52,10 +75,8 @@ class OptimalityError:
 
     def psi(self, problem: Problem, candidate: Candidate) -> Tensor:
         """The optimality error of a candidate, like ``x``."""
-        old, x_f, new, mu = candidate.old, candidate.proposal, candidate.corrected, self.penalty
-        h = mu / 2 * (new - old if self.metric is None else self.metric.normal(new - old))
-        change = problem.fidelity.grad(new) - problem.fidelity.grad(x_f)
-        return (x_f - new) / self.step_size - mu / 2 * (2 * x_f - new - old) + h + change
+        points = candidate.old, candidate.proposal, candidate.corrected
+        return optimality_error(problem, *points, self.step_size, self.penalty, self.metric)
 
     def __call__(self, problem: Problem, candidate: Candidate) -> Tensor:
         return norm_items(self.psi(problem, candidate)) <= self.tolerance * norm_items(candidate.corrected - candidate.old)

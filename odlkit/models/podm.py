@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odlkit.control import Candidate, ErrorCondition
+from odlkit.control import Candidate, ErrorCondition, distance_operator, optimality_error
 from odlkit.models.padnet import Network, Schedule
 from odlkit.networks import ConvUnit, LearnedMetric
 from odlkit.operators import FilterBank, Operator
@@ -113,12 +113,11 @@ class PODM:
         mu, gamma = self.constants.penalty, self.constants.step_size
         slope = problem.fidelity.grad(x_f)
         x_g = problem.prox_prior(x_f - gamma * (slope + mu * (x_f - x)), gamma)
-        psi = (x_f - x_g) / gamma - mu / 2 * (2 * x_f - x_g - x) + self.h(x_g - x) + problem.fidelity.grad(x_g) - slope
-        return x_g, psi
+        return x_g, optimality_error(problem, x, x_f, x_g, gamma, mu, self.metric, slope)
 
     def h(self, x: Tensor) -> Tensor:
         """``H x``."""
-        return self.constants.penalty / 2 * (x if self.metric is None else self.metric.normal(x))
+        return distance_operator(x, self.constants.penalty, self.metric)
 
     def proposals(self, x: Tensor, stage: int) -> Iterator[Tensor]:
         """``x_A`` of this stage's network, then half-moves towards ``x``."""
