@@ -47,7 +47,7 @@ def shrink(size: Tensor, weight: Weight, p: float, steps: int = 5) -> Tensor:
         return (size - weight).clamp_min(0)
     if p == 0:
         return torch.where(size > (2 * weight).sqrt(), size, torch.zeros_like(size))
-    t = (2 * weight * (1 - p)) ** (1 / (2 - p))
+    t = (2 * weight.detach() * (1 - p)) ** (1 / (2 - p))  # it picks a branch; its derivative at weight 0 is infinite
     tau = t * (2 - p) / (2 * (1 - p))  # = t + weight p t^(p-1), finite at weight = 0
     floor = t.clamp_min(1e-12)  # the root lies right of t; weight 0 must not meet 0^(p-2)
     x = torch.maximum(size, floor)

@@ -25,7 +25,7 @@ from odlkit.problem import Problem, norm_items
 class Status(StrEnum):
     """How a propagation ended."""
 
-    CONVERGED = "converged"  # relative change below the tolerance, on every item
+    CONVERGED = "converged"  # relative change below the tolerance, on every item, and no item was only held in place
     STEP_LIMIT = "step limit"  # the number of steps that was asked for; the tolerance was not reached
     DIVERGED = "diverged"  # an iterate grew beyond `blow_up` times its start
     NOT_FINITE = "not finite"  # NaN or infinity
@@ -141,7 +141,9 @@ def propagate(
 ) -> Result:
     """Run ``step`` from ``x0`` for at most ``steps`` iterations and record the trace.
 
-    Stops early when ``||x^{k+1} - x^k|| <= tol ||x^k||`` on every item (PADNet, Algorithm 2, line 12).  ``measure`` adds
+    Stops early when ``||x^{k+1} - x^k|| <= tol ||x^k||`` on every item (PADNet, Algorithm 2, line 12), unless the step
+    records ``held`` ``(B,)`` nonzero for one: a control refused its move and nothing took the place of it, so that it stands
+    still says nothing.  (A step that falls back on another move when refused does move, and may converge.)  ``measure`` adds
     quantities of one's own to every row.  ``energy=False`` skips the energy, whose evaluation costs about one iteration;
     ``every=n`` looks at, records and tests only each n-th iterate (and the last).
     Raises `PropagationError` when an iterate is not finite or its norm exceeds ``blow_up`` times that of ``x0``
@@ -186,7 +188,7 @@ def propagate(
                 break
             ratios = [c / max(size, sys.float_info.min) for c, size in zip(change.tolist(), cycle(before), strict=False)]
             relative = max(ratios)
-            if all(ratio <= tol for ratio in ratios):
+            if all(ratio <= tol for ratio in ratios) and not ("held" in record and bool(record["held"].any())):
                 status = Status.CONVERGED
                 break
     result = Result(state.x, status, state.k, relative, trace, state)

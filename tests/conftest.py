@@ -23,6 +23,15 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture
+def report_keys() -> set[str]:
+    """What the report of every task says."""
+    return {
+        *("task", "model", "status", "iterations", "seconds", "device", "energies", "certificate", "accepted", "rejected"),
+        *("input", "output", "settings", "notes", "versions"),
+    }
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """The global generator is fixed for each test; tests that draw more than noise use a generator of their own."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from odlkit import instances, weights
-from odlkit.control import AlwaysAccept, BoundedGradient, Candidate, ErrorCondition, MonotoneEnergy
+from odlkit.control import AlwaysAccept, BoundedGradient, Candidate, ErrorCondition, MonotoneEnergy, NeverAccept
 from odlkit.models.gdc import (
     Cascade,
     Corrective,
@@ -235,12 +235,23 @@ def test_algorithm_2_line_by_line_each_image_by_itself(problem):
 
 
 def test_a_rejected_step_is_not_the_end():
-    """With ``tol=-1`` the loop goes on after a step that moved nothing, and a later one is accepted."""
+    """The gate refuses the first step, which moves nothing; the loop goes on, and later ones are accepted."""
     problem = Problem(LeastSquares(Identity(), scalar(0.0), 2.0))
     step = PartiallyDefined([], lambda t: 10.0 if t == 0 else 1.0, 1.0, 1.0)
-    short, long = (propagate(step, problem, scalar(1.0), steps=3, tol=tol) for tol in (0.0, -1.0))
-    assert short.status is Status.CONVERGED and short.iterations == 1
-    assert long.trace["accepted"].flatten().tolist() == [0, 1, 1]
+    run = propagate(step, problem, scalar(1.0), steps=3)
+    assert run.status is Status.STEP_LIMIT and run.trace["accepted"].flatten().tolist() == [0, 1, 1]
+    shut = propagate(PartiallyDefined([], lambda t: 10.0, 0.1, 1.0), problem, scalar(1.0), steps=3)
+    assert shut.status is Status.STEP_LIMIT and shut.residual == 0 and not shut.trace["accepted"].any()
+    pair = propagate(step, problem, torch.cat([scalar(1.0), scalar(0.0)]), steps=1, tol=1e-9)
+    assert pair.trace["held"].tolist() == [[1, 0]] and pair.status is Status.STEP_LIMIT  # one of a batch is enough
+
+
+def test_a_refused_step_that_falls_back_may_converge():
+    """Refused for ever, PADNet's step is the proximal gradient, which stops at a minimiser."""
+    problem = Problem(LeastSquares(Identity(), scalar(0.0), 2.0), Zero())
+    step = Explicit([lambda v, alpha: v], Constants.for_lipschitz(2.0), control=NeverAccept())
+    run = propagate(step, problem, scalar(0.0), steps=3)
+    assert run.status is Status.CONVERGED and run.iterations == 1 and not run.trace["accepted"].any()
 
 
 def test_the_controls_fit_other_papers_steps(problem):

@@ -124,6 +124,15 @@ def test_shrink_solves_its_equation(p):
 
 
 @pytest.mark.parametrize("p", POWERS)
+def test_the_prox_has_a_derivative_where_the_weight_is_zero(p):
+    """With a free band, and away from the jump of the threshold: with respect to the data and to the weight's factor."""
+    free = torch.tensor([0.0, 0.0, 1.0, 1.0, 2.0], dtype=torch.float64).view(1, 1, 1, 5)
+    z = torch.tensor([0.02, -1.5, 0.05, -1.5, 2.5], dtype=torch.float64).view(1, 1, 1, 5).requires_grad_()
+    factor = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, factor: Lp(p, factor * free).prox(z, 0.7), (z, factor))
+
+
+@pytest.mark.parametrize("p", POWERS)
 def test_precisions_agree(p):
     """float32 against float64, away from the threshold, where a rounded input may fall on the other side of the jump."""
     z = noise(1, 2, 32, 32).float()

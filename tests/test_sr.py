@@ -115,7 +115,7 @@ def test_coefficients_and_pixels_have_the_same_iterates(kernel):
 
 @pytest.mark.parametrize("name", [model(name) for name in MODELS])
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_model_enlarges_and_reports(name, scale, device):
+def test_every_model_enlarges_and_reports(name, scale, device, report_keys):
     x, y = photograph("camera", scale, 72)
     y = y[..., :-1].to(device)  # an odd size
     large, report = super_resolve(y, scale, name)
@@ -124,6 +124,7 @@ def test_every_model_enlarges_and_reports(name, scale, device):
     nearest = y.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     truth = x[..., : large.shape[-1]]
     assert psnr(large.cpu(), truth, scale).item() > psnr(nearest.cpu(), truth, scale).item() + 0.8
+    assert report.keys() >= report_keys
     assert report["task"] == "sr" and report["model"] == name and report["settings"]["scale"] == scale
     assert report["certificate"].keys() >= {"guarantee", "statement", "holds", "of"}
     assert report["certificate"]["holds"] is (True if name == "podm" else None)

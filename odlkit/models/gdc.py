@@ -219,10 +219,10 @@ class PartiallyDefined:
     ``u_c = argmin f + (gamma_t / 2) ||. - u_d||^2`` (7); ``u+ = u_c`` if ``||grad f(u_c)|| <= M``, else ``u``.
     The clip makes the assumption of Proposition 2 true for every network (``c=None``: no clip).  ``gate`` is M, a number of
     its own: the paper's L is also its Lipschitz constant.  Then ``||u+ - u|| <= M / gamma_t + sqrt(c / gamma_t)``, and the
-    sequence converges if gamma_t grows geometrically.  Each image of a batch is judged by itself.  A rejected step does not
-    move, which `odlkit.propagate.propagate` takes for the end unless its ``tol`` is negative.
+    sequence converges if gamma_t grows geometrically.  Each image of a batch is judged by itself.
 
-    Recorded: ``accepted``; ``gradient`` = ||grad f(u_c)||; ``penalty`` = gamma_t; ``move`` = ||r|| before the clip;
+    Recorded: ``accepted``; ``held``, its opposite: the image did not move, and `odlkit.propagate.propagate` does not take
+    that for convergence; ``gradient`` = ||grad f(u_c)||; ``penalty`` = gamma_t; ``move`` = ||r|| before the clip;
     ``radius`` = sqrt(c / gamma_t); ``within``, 1 where the network met the assumption without the clip; ``data_step`` =
     ||u_c - u_d||.
 
@@ -250,6 +250,7 @@ class PartiallyDefined:
         move = norm_items(r)
         record = {
             "accepted": accepted.to(torch.float64),
+            "held": (~accepted).to(torch.float64),
             "gradient": norm_items(problem.fidelity.grad(u_c)),
             "penalty": gamma,
             "move": move,

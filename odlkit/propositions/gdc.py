@@ -202,7 +202,7 @@ def partially_run(
     problem = Problem(data(task, name, size))
     step = PartiallyDefined(modules, Penalty(1.0, growth), gate * size, CLIP * size**2 if gate < torch.inf else None)
     start = problem.fidelity.y  # type: ignore[attr-defined]
-    return step, propagate(step, problem, start, steps=steps, tol=-1, raises=False)  # a rejected step is not the end
+    return step, propagate(step, problem, start, steps=steps, raises=False)
 
 
 def proposition_2(size: int = 64) -> dict:
