@@ -62,6 +62,10 @@ def load(name: str) -> nn.Module:
         from odlkit.models.gdc_joint import CascadeNet
 
         model = CascadeNet(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "deconvolution":
+        from odlkit.models.hodl_deblur import Deconvolution
+
+        model = Deconvolution(**{key: value for key, value in network.items() if key != "kind"})
     elif network["kind"] == "classifier":
         model = Classifier(network["widths"])
     else:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.nn.utils import parametrizations, parametrize
+
+from odlkit.networks.normalize import OperatorNorm, conv_norm_bound, kernels, reshaped_norm
 
 
 class Block(nn.Module):
@@ -59,3 +64,63 @@ class UNet(nn.Module):
         if i == len(self.downs):
             return z
         return self.decoders[i](torch.lerp(z, self.ups[i](self.scale(self.downs[i](z), i + 1)), 0.5))
+
+
+def convolutions(net: UNet) -> Iterator[tuple[Any, int | None]]:
+    """Every convolution, with how many of its input channels depend on the image: of the first all but the noise level."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            yield layer, layer.in_channels - 1 if layer is net.head else None
+
+
+def norm_bound(layer: Any, channels: int | None = None, n: int = 32) -> float:
+    """A bound on a convolution's norm; exact where blocks do not overlap (2x2, stride 2), and for the transpose."""
+    if layer.stride == layer.kernel_size:
+        return reshaped_norm(layer.weight)
+    return conv_norm_bound(kernels(layer.weight, channels or layer.in_channels), n)
+
+
+def lipschitz(net: UNet, n: int = 32) -> float:
+    """A number L with ``||G(u; alpha) - G(v; alpha)|| <= L ||u - v||``, sides being multiples of ``fold 2^(scales - 1)``.
+
+    ReLU and the rearrangement of pixels have slope 1.  A block has ``(1 - theta) + theta s_1 s_2``, a scale
+    ``dec (1 + up inner down) / 2 enc``: at most 1 when every norm is.  Source: HODL Assumption 3.2, spectral normalization.
+    """
+    norm = {layer: norm_bound(layer, channels, n) for layer, channels in convolutions(net)}
+
+    def chain(blocks: Any) -> float:
+        return math.prod(1 - b.theta + b.theta * norm[b.first] * norm[b.second] for b in blocks)
+
+    bound = chain(net.encoders[-1])
+    for i in reversed(range(len(net.downs))):
+        bound = chain(net.decoders[i]) * (1 + norm[net.ups[i]] * bound * norm[net.downs[i]]) / 2 * chain(net.encoders[i])
+    return norm[net.head] * bound * norm[net.tail]
+
+
+def normalized(net: UNet, size: int = 16) -> UNet:
+    """Keep every convolution of ``net`` at norm 1 while it is trained (`OperatorNorm`); changes and returns ``net``.
+
+    Estimates from below, so `certified` has the last word.  Source: HODL section 4.2, spectral normalization.
+    """
+    for layer, channels in convolutions(net):
+        if layer.stride == layer.kernel_size:
+            parametrizations.spectral_norm(layer, dim=0)
+        else:
+            count = channels or layer.in_channels
+            parametrize.register_parametrization(layer, "weight", OperatorNorm(layer.weight, count, 1.0, size))
+    return net
+
+
+def certified(net: UNet, n: int = 32, margin: float = 0.0) -> UNet:
+    """A copy with plain weights and every norm at most ``1 - margin``, so ``lipschitz(copy, n) <= 1``; biases stay.
+
+    The margin is for rounding that comes later, to half precision in a file, say.
+    """
+    plain = UNet(**net.config).to(net.head.weight)
+    with torch.no_grad():
+        for (old, channels), (new, _) in zip(convolutions(net), convolutions(plain), strict=True):
+            new.bias.copy_(old.bias)
+            new.weight.copy_(old.weight)
+            slack = 1 - margin - 32 * torch.finfo(new.weight.dtype).eps  # the rounding of the product below
+            new.weight.mul_(min(1.0, slack / norm_bound(new, channels, n)))
+    return plain

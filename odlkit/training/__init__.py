@@ -15,6 +15,8 @@ RECIPES = {
     "gdc-deblur-gdc": "odlkit.training.gdc:deblur_gdc",
     "gdc-inpaint": "odlkit.training.gdc:inpaint",
     "hodl-denoiser": "odlkit.training.hodl:denoiser",
+    "hodl-deblur": "odlkit.training.hodl:deblur",
+    "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",
 }
 
 
