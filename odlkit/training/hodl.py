@@ -86,7 +86,7 @@ def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run
     return fit(net, loss, validate=validate, **run)
 
 
-def deblur(out: Path, resume: bool = False, steps: int = 4500) -> None:
+def deblur(out: Path, resume: bool = False, steps: int = 3000) -> None:
     """Hierarchical training from the denoiser's weights; nothing bounds the network's Lipschitz constant."""
     unit: Any = denoiser(out, resume=True).units[0]
     net = Deconvolution(unit.config)
