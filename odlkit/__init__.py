@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 MODULES = (
-    "bench", "certify", "check", "control", "data", "instances", "linear", "metrics", "models", "networks", "operators",
-    "priors", "problem", "propagate", "propositions", "solvers", "tasks", "training", "viz", "weights",
+    "bench", "bilevel", "certify", "check", "control", "data", "instances", "linear", "metrics", "models", "networks",
+    "operators", "priors", "problem", "propagate", "propositions", "solvers", "tasks", "training", "viz", "weights",
 )  # fmt: skip
 
 
