@@ -57,12 +57,15 @@ def row(task: str, program: str, times: dict[str, list[float]], calls: int = 1, 
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table."""
-    lines = ["| task | program | ms | ratio to floor | middle half | bar |", "|---|---|---|---|---|---|"]
+    """The rows as a table, with a column for each further measurement that some row has."""
+    more = [key for key in ("MiB", "error", "to exact") if any(key in r for r in rows)]
+    titles = ["task", "program", "ms", "ratio to floor", "middle half", "bar", *more]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in rows:
         bar = f"{r['bar']:g}" if r["bar"] else ""
         low, high = r["quartiles"]
         cells = [r["task"], r["program"], f"{r['milliseconds']:.3g}", f"{r['ratio']:.2f}", f"{low:.2f} to {high:.2f}", bar]
+        cells += [f"{r[key]:.2g}" if r.get(key) is not None else "" for key in more]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -19,6 +19,9 @@ def main() -> None:
         rows, torch = record["rows"], record["versions"]["torch"]
         where = f"{record['hardware']}, load {record['load_average'][0]}, torch {torch}, commit {record['commit']}"
         text += f"\n## {path.stem}\n\n`{record['command']}`: {where}, {rows[0]['rounds']} rounds.\n\n{markdown(rows)}\n"
+        if "claims" in record:
+            lines = [f"| {c['claim']} | {c['value']:.3g} | {c['bar']:g} | {c['met']} |" for c in record["claims"]]
+            text += "\n" + "\n".join(["| claim | value | bar | met |", "|---|---|---|---|", *lines]) + "\n"
     (here / "README.md").write_text(text, encoding="utf-8")
 
 
