@@ -35,10 +35,15 @@ def at(thing: Any, params: Any) -> Any:
     return thing(params) if callable(thing) and not hasattr(thing, "A") else thing
 
 
+def smallest(value: Any) -> float:
+    """The least entry of a number or tensor."""
+    return value.detach().min().item() if isinstance(value, Tensor) else float(value)
+
+
 def positive(name: str, value: Any) -> None:
     """Raise ``ValueError`` unless every entry of a number or tensor is positive."""
-    if not bool((torch.as_tensor(value) > 0).all()):
-        raise ValueError(f"{name}: expected positive numbers, got {torch.as_tensor(value).min().item():.6g}")
+    if not smallest(value) > 0:
+        raise ValueError(f"{name}: expected positive numbers, got {smallest(value):.6g}")
 
 
 # -- metrics
@@ -85,7 +90,7 @@ class Diagonal(Metric):
 
     @property
     def least(self) -> float:  # type: ignore[override]
-        return self.d.detach().min().item() if isinstance(self.d, Tensor) else float(self.d)
+        return smallest(self.d)
 
     def power(self, u: Any, p: float) -> Any:
         return tree_map(lambda part: part * self.d**p, u)
@@ -136,12 +141,12 @@ class Gram(Metric):
         if check:
             positive("beta", beta)
             if not self.least > 0:
-                least, most = torch.as_tensor(tau).min().item(), (torch.as_tensor(beta) * bound).max().item()
-                raise ValueError(f"tau: expected more than beta ||A||^2 = {most:.6g}, got {least:.6g}")
+                room = f"tau - beta ||A||^2 = {self.least:.6g} at ||A||^2 = {bound:.6g}"
+                raise ValueError(f"tau: expected more than beta ||A||^2, got {room}")
 
     @property
     def least(self) -> float:  # type: ignore[override]
-        return torch.as_tensor(self.tau - self.beta * self.bound).detach().min().item()
+        return smallest(self.tau - self.beta * self.bound)
 
     def power(self, u: Tensor, p: float) -> Tensor:
         if p == 1:
@@ -173,7 +178,7 @@ class Saddle(Metric):
 
     @property
     def least(self) -> float:  # type: ignore[override]
-        return min(self.metric.least, 1 / torch.as_tensor(self.beta).detach().max().item())
+        return min(self.metric.least, smallest(1 / self.beta))
 
     def power(self, u: tuple, p: float) -> tuple:
         return self.metric.power(u[0], p), u[1] / self.beta**p
