@@ -20,6 +20,7 @@ PLACES = {
     "gdc-deblur": "odlkit.bench.gdc:deblur",
     "gdc-inpaint": "odlkit.bench.gdc:interpolate",
     "gdc-smooth": "odlkit.bench.gdc:smoothing",
+    "hodl-deblur": "odlkit.bench.hodl_deblur:run",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from odlkit.models.hodl import Map, averaged, compose, half_quadratic, proximal_
 from odlkit.networks import UNet
 from odlkit.operators import Wavelet
 from odlkit.priors import Analysis, Lp
-from odlkit.problem import LeastSquares
+from odlkit.problem import LeastSquares, Problem
+from odlkit.propagate import Record, State
 
 START = {"level": (0.04, 1.0), "rho": (0.15, 0.7), "kappa": (1e-4, 2.0)}  # c and p of c (sigma / 0.02)^p
 
@@ -33,7 +35,8 @@ class Deconvolution(nn.Module):
 
     The second is non-expansive when N is 1-Lipschitz (`odlkit.networks.unet.lipschitz`).  The noise level s, rho and kappa
     are learned, each as ``c (sigma / 0.02)^p exp(4 (a + b log10(sigma / 0.02)))``; ``start`` has c and p.  What is restored
-    is ``D_net(u^K)``.  Eq: HODL (3), Table 2.  Source: HODL section 4.3.
+    is ``D_net(u^K)``.  Raises ``ValueError`` for a theta outside (0, 1) and unknown names in ``start``.
+    Eq: HODL (3), Table 2.  Source: HODL section 4.3.
     """
 
     def __init__(
@@ -45,8 +48,12 @@ class Deconvolution(nn.Module):
         start: dict | None = None,
     ):
         super().__init__()
-        self.config: dict[str, Any] = {"unit": unit, "depth": depth, "theta": theta, "alpha": alpha, "start": START}
-        self.config["start"] = self.config["start"] | (start or {})
+        start = START | (start or {})
+        if start.keys() != START.keys():
+            raise ValueError(f"start: expected only {', '.join(START)}, got {', '.join(start)}")
+        if theta is not None and not 0 < theta < 1:
+            raise ValueError(f"theta: expected None or a number in (0, 1), got {theta}")
+        self.config: dict[str, Any] = {"unit": unit, "depth": depth, "theta": theta, "alpha": alpha, "start": start}
         self.depth, self.theta, self.alpha, self.unit = depth, theta, alpha, UNet(**unit)
         self.numbers = nn.ParameterDict({name: nn.Parameter(torch.zeros(2)) for name in START})
 
@@ -62,10 +69,10 @@ class Deconvolution(nn.Module):
             out = self.unit(u, level)
         return u - level * out.to(u) if self.theta is None else torch.lerp(u, out.to(u), self.theta)
 
-    def map(self, operator: LinearMap, b: Tensor, sigma: Tensor, *, envelope: bool = True, network: bool = True) -> Map:
-        """``T(u, params, k)``, params unused; with ``network=False`` proximal gradient alone, ``T = D_num``."""
+    def numerical(self, operator: LinearMap, b: Tensor, sigma: Tensor, envelope: bool = True) -> Map:
+        """``D_num(u, params, k)``, params unused: wavelet proximal gradient for the data ``b``, its coarse band free."""
         fidelity, details = LeastSquares(operator, b, 2.0), torch.ones_like(b[:1, :1])
-        details[..., : b.shape[-2] >> HAAR, : b.shape[-1] >> HAAR] = 0  # the coarse band is not penalised
+        details[..., : b.shape[-2] >> HAAR, : b.shape[-1] >> HAAR] = 0
         prior = Analysis(Wavelet("haar", HAAR), Lp(1, self.number("kappa", sigma) * details))
 
         def prox_f(v: Tensor, size: Any, params: Any) -> Tensor:
@@ -74,9 +81,34 @@ class Deconvolution(nn.Module):
         def prox_g(v: Tensor, size: Any, params: Any) -> Tensor:
             return prior.prox(v, size)
 
-        D = half_quadratic(prox_f, prox_g, self.number("rho", sigma))
-        if not envelope:
-            D = proximal_gradient(lambda u, params: fidelity.grad(u), prox_g, 2 / fidelity.bounds[1])
-        if not network:
-            return D
-        return averaged(compose(D, lambda u, params, k: self.denoise(u, sigma)), self.alpha)
+        if envelope:
+            return half_quadratic(prox_f, prox_g, self.number("rho", sigma))
+        return proximal_gradient(lambda u, params: fidelity.grad(u), prox_g, 2 / fidelity.bounds[1])
+
+    def map(self, operator: LinearMap, b: Tensor, sigma: Tensor, envelope: bool = True) -> Map:
+        """``T(u, params, k)``, params unused.  Eq: HODL (3)."""
+        D_num = self.numerical(operator, b, sigma, envelope)
+        return averaged(compose(D_num, lambda u, params, k: self.denoise(u, sigma)), self.alpha)
+
+
+@dataclass
+class Iteration:
+    """``u^{k+1} = T(u^k)`` as a step of `odlkit.propagate.propagate`."""
+
+    T: Map
+
+    def init(self, problem: Problem, x0: Tensor) -> State:
+        return State(x0)
+
+    def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
+        return state.next(self.T(state.x, None, state.k)), {}
+
+
+def plugged(unit: UNet, **start: tuple[float, float]) -> Deconvolution:
+    """A trained denoiser, plug-and-play in the same T; ``start`` sets the numbers, each c and p of ``c (sigma / 0.02)^p``.
+
+    Source: HODL section 4.3, the networks trained beforehand of ENA.
+    """
+    net = Deconvolution(unit.config, start=start).to(unit.head.weight)
+    net.unit.load_state_dict(unit.state_dict())
+    return net.eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from odlkit.propagate import Result, propagate
 from odlkit.propositions.padnet import bounded_moves
 from odlkit.solvers import ADMM, FISTA
 from odlkit.tasks.deblur_gdc import gdc, gdc_pcm
+from odlkit.tasks.deblur_hodl import hodl, nonexpansive
 from odlkit.tasks.deblur_podm import podm, rpodm
 from odlkit.tasks.report import (
     ROUND_OFF,
@@ -285,6 +286,8 @@ MODELS = {  # each run as run(z, blur, sigma, steps, progress)
     "podm": Model(podm, "PODM on an l0.8 energy of Haar coefficients, error-corrected; descent by Proposition 1"),
     "gdc": Model(gdc, "GDC's cascade of data step, generative, discriminative and corrective module, trained jointly"),
     "gdc-pcm": Model(gdc_pcm, "GDC's Algorithm 1 on an l1 energy of Haar coefficients; descent by Proposition 1"),
+    "hodl": Model(hodl, "HODL: wavelet proximal gradient after a network, one map for all steps, trained through them"),
+    "hodl-nonexpansive": Model(nonexpansive, "the same, the network's Lipschitz constant bounded by 1; Theorem 3.1"),
     "tv": Model(_tv, "isotropic total variation by ADMM"),
     "l08": Model(_l08, "l0.8 on the gradient by ADMM"),
     "fista-wavelet": Model(_fista, "l1 on orthonormal wavelet coefficients by FISTA"),

@@ -8,6 +8,7 @@ Data: train400 only, blurred by random kernels; no benchmark image and no benchm
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from odlkit.metrics import psnr
 from odlkit.models.hodl_deblur import Deconvolution
 from odlkit.networks import ResidualNet, UNet
-from odlkit.networks.unet import certified, normalized
+from odlkit.networks.unet import certified, lipschitz, normalized
 from odlkit.operators import Blur
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
@@ -107,7 +108,8 @@ def deblur_nonexpansive(out: Path, resume: bool = False, steps: int = 2000) -> N
 
 
 def finish(net: Deconvolution, out: Path, name: str, record: dict, about: str) -> None:
-    """Write the weights and their card."""
+    """Write the weights and their card, which has `lipschitz` of the network as it is stored, in half precision."""
+    stored = copy.deepcopy(net.unit).half().float()
     card = {
         "name": name,
         "what": f"HODL's deconvolution, {net.depth} steps of one map trained hierarchically; {about}",
@@ -115,5 +117,6 @@ def finish(net: Deconvolution, out: Path, name: str, record: dict, about: str) -
         "data": f"train400 without its last {HELD_OUT} images, the validation set (1 and 3% noise); random blur kernels",
         "network": {"kind": "deconvolution", **net.config},
         "schedule": {"depth": net.depth},
+        "lipschitz_bound": lipschitz(stored),
     }
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)

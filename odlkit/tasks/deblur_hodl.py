@@ -1,0 +1,73 @@
+"""HODL's two models of the deblurring task: one map after another, its network free or non-expansive.
+
+A model is ``run(z, blur, sigma, steps, progress) -> Outcome`` on a periodic grid (`odlkit.tasks.deblur`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odlkit import weights
+from odlkit.certify import Check, inequality
+from odlkit.models.hodl_deblur import Deconvolution, Iteration
+from odlkit.operators import Blur
+from odlkit.problem import LeastSquares, Problem
+from odlkit.propagate import Result, propagate
+from odlkit.tasks.report import ROUND_OFF, Outcome
+
+NAMES = {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive"}
+
+
+def iterated(
+    net: Deconvolution, z: Tensor, blur: Blur, sigma: float, steps: int | None = None, progress: bool = False
+) -> tuple[Tensor, Result]:
+    """Run T from the data, as often as in training or ``steps`` times: ``D_net(u^K)`` and the run."""
+    level = torch.full((len(z), 1, 1, 1), sigma).to(z)
+    problem, step = Problem(LeastSquares(blur, z, 2.0)), Iteration(net.map(blur, z, level))
+    result = propagate(step, problem, z, steps=steps or net.depth, progress=progress)
+    return net.denoise(result.x, level), result
+
+
+def hodl(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    """HODL with a network whose Lipschitz constant nothing bounds usefully: no theorem, the moves as measured."""
+    net: Any = weights.load(NAMES["hodl"]).to(z)
+    x, result = iterated(net, z, blur, sigma, steps, progress)
+    words = {
+        "guarantee": "none",
+        "statement": "trained hierarchically, the network's Lipschitz constant is not bounded by 1: no theorem",
+        "holds": None,
+    }
+    return Outcome(x, result, words | {"largest_ratio_of_moves": growth(result)})
+
+
+def nonexpansive(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
+    """HODL with ``D_net = (I + N) / 2``, N of Lipschitz constant at most 1.  Eq: HODL Theorem 3.1."""
+    name = NAMES["hodl-nonexpansive"]
+    net: Any = weights.load(name).to(z)
+    x, result = iterated(net, z, blur, sigma, steps, progress)
+    return Outcome(x, result, theorem_3_1(result, weights.card(name)["lipschitz_bound"]))
+
+
+def growth(result: Result) -> float:
+    """``max ||u^{k+1} - u^k|| / ||u^k - u^{k-1}||`` over the run, at most 1 for a non-expansive T; 0 for a single step."""
+    moves = result.trace["change"]
+    return (moves[1:] / moves[:-1].clamp_min(torch.finfo(moves.dtype).tiny)).max().item() if len(moves) > 1 else 0.0
+
+
+def theorem_3_1(result: Result, bound: float) -> dict[str, Any]:
+    """The hypothesis of Theorem 3.1 on this run: ``||u^{k+1} - u^k||`` never grows, as with every non-expansive T."""
+    moves, size = result.trace["change"], result.trace["norm"]
+    check = Check("moves", True, 0.0, 0)  # a single step has nothing to compare
+    if len(moves) > 1:
+        check = inequality("moves", moves[1:], moves[:-1], ROUND_OFF * size[1:], size[1:])
+    return {
+        "guarantee": "HODL, Theorem 3.1 without aggregation: D_num and D_net non-expansive, alpha < 1",
+        "statement": "if T has a fixed point, the iterates converge to one; which image that is, no theorem says",
+        "holds": check.holds and bound <= 1,
+        "margin": check.margin,
+        "lipschitz_bound": bound,
+        "largest_ratio_of_moves": growth(result),
+    }
