@@ -88,8 +88,12 @@ def thin_plate(y: Tensor, mask: Tensor, rtol: float = 0.03) -> Tensor:
     """Known pixels as they are, unknown ones ``argmin ||Laplacian u||^2``, by a few conjugate gradients from `fill`.
 
     The energy of a bent plate, whose solution inside each hole is the biharmonic one; differences across the picture's
-    border are zero.  Shapes as in `fill`; ``rtol`` is relative to the energy's gradient at `fill`.
+    border are zero.  Shapes as in `fill`, each channel by itself; ``rtol`` is relative to the energy's gradient at `fill`.
     """
+    channels = y.shape[1]
+    if channels > 1:
+        single = mask.expand(len(y), 1, *y.shape[-2:]).repeat_interleave(channels, 0)
+        return thin_plate(y.reshape(-1, 1, *y.shape[-2:]), single, rtol).reshape(y.shape)
 
     def gradient(u: Tensor) -> Tensor:
         for _ in range(2):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from odlkit import data
 from odlkit.metrics import psnr
 from odlkit.models.gdc import Cascade, Discriminative
 from odlkit.models.gdc_joint import CascadeNet
