@@ -1,7 +1,8 @@
-"""HODL for deconvolution: wavelet proximal gradient after a U-shaped network, one map for every iteration."""
+"""HODL for deconvolution: wavelet proximal gradient after a U-shaped network, one network for every iteration."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from odlkit.priors import Analysis, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Record, State
 
-START = {"level": (0.04, 1.0), "rho": (0.15, 0.7), "kappa": (1e-4, 2.0)}  # c and p of c (sigma / 0.02)^p
+START = {"first": 0.2, "last": 1.0, "trust": 0.25, "kappa": 0.01}
 
 
 class Deconvolution(nn.Module):
@@ -28,24 +29,22 @@ class Deconvolution(nn.Module):
 
         D_num(u) = W^T soft(W (u - grad f_rho(u) / rho), kappa / rho)
 
-    is proximal gradient at step ``1 / rho``, non-expansive for every rho.  ``envelope=False`` takes the data term itself at
-    step ``1 / ||Q||^2``, half the largest that is non-expansive: many more iterations.
+    is proximal gradient at step ``1 / rho``, non-expansive for every rho.
 
         D_net(u) = u - s G(u; s),  or, given theta,  (1 - theta) u + theta N(u; s)
 
-    The second is non-expansive when N is 1-Lipschitz (`odlkit.networks.unet.lipschitz`).  The noise level s, rho and kappa
-    are learned, each as ``c (sigma / 0.02)^p exp(4 (a + b log10(sigma / 0.02)))``; ``start`` has c and p.  What is restored
-    is ``D_net(u^K)``.  Raises ``ValueError`` for a theta outside (0, 1) and unknown names in ``start``.
+    The second is non-expansive when N is 1-Lipschitz (`odlkit.networks.unet.lipschitz`).  The noise level s falls
+    geometrically from ``first`` to ``last * sigma`` in ``depth`` steps and stays there, so T is one map from step ``depth``
+    on, and what comes before chooses where it starts; ``first`` = None has it fixed from the beginning.
+    ``rho_k = 2 trust (sigma / s_k)^2`` and ``kappa``, in units of sigma^2, are learned with s: factors
+    ``exp(4 (a + b log10(sigma / 0.02)))``, of s and rho one for each step.  Step k is ``D_net`` at s_k, then ``D_num`` at
+    rho_{k+1}; ``u^0 = D_num(b)`` at rho_0, and ``D_net(u^K)`` is what is restored.
+    Raises ``ValueError`` for a theta outside (0, 1) and unknown names in ``start``.
     Eq: HODL (3), Table 2.  Source: HODL section 4.3.
     """
 
     def __init__(
-        self,
-        unit: dict,
-        depth: int = 6,
-        theta: float | None = None,
-        alpha: float = 0.9,
-        start: dict | None = None,
+        self, unit: dict, depth: int = 7, theta: float | None = None, alpha: float = 0.95, start: dict | None = None
     ):
         super().__init__()
         start = START | (start or {})
@@ -55,25 +54,39 @@ class Deconvolution(nn.Module):
             raise ValueError(f"theta: expected None or a number in (0, 1), got {theta}")
         self.config: dict[str, Any] = {"unit": unit, "depth": depth, "theta": theta, "alpha": alpha, "start": start}
         self.depth, self.theta, self.alpha, self.unit = depth, theta, alpha, UNet(**unit)
-        self.numbers = nn.ParameterDict({name: nn.Parameter(torch.zeros(2)) for name in START})
+        sizes = {"level": 1 if start["first"] is None else depth + 1, "kappa": 1}
+        sizes["rho"] = sizes["level"]
+        self.factors = nn.ParameterDict({name: nn.Parameter(torch.zeros(size, 2)) for name, size in sizes.items()})
 
-    def number(self, name: str, sigma: Tensor) -> Tensor:
-        """One of the learned numbers at the noise level ``sigma`` ``(B, 1, 1, 1)``, of that shape."""
-        (c, p), (a, b), ratio = self.config["start"][name], self.numbers[name], sigma / REFERENCE
-        return c * ratio**p * (SPEED * (a + b * ratio.log10())).exp()
+    def factor(self, name: str, sigma: Tensor, k: int = 0) -> Tensor:
+        """``exp(4 (a + b log10(sigma / 0.02)))`` of step k at the noise level ``sigma`` ``(B, 1, 1, 1)``."""
+        a, b = self.factors[name][min(k, len(self.factors[name]) - 1)]
+        return (SPEED * (a + b * (sigma / REFERENCE).log10())).exp()
 
-    def denoise(self, u: Tensor, sigma: Tensor) -> Tensor:
-        """``D_net(u)`` for data of the noise level ``sigma``; in training mode the network computes in bfloat16."""
-        level = self.number("level", sigma)
+    def plan(self, sigma: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """``s_k`` and ``rho_k``, of the shape of ``sigma``."""
+        first, last = self.config["start"]["first"], self.config["start"]["last"] * sigma
+        t = min(k / self.depth, 1.0)
+        level = (last if first is None else first ** (1 - t) * last**t) * self.factor("level", sigma, k)
+        return level, 2 * self.config["start"]["trust"] * (sigma / level).square() * self.factor("rho", sigma, k)
+
+    def denoise(self, u: Tensor, sigma: Tensor, k: int) -> Tensor:
+        """``D_net(u)`` of step k; in training mode the network computes in bfloat16."""
+        level = self.plan(sigma, k)[0]
         with torch.autocast(u.device.type, torch.bfloat16, enabled=self.training):
             out = self.unit(u, level)
         return u - level * out.to(u) if self.theta is None else torch.lerp(u, out.to(u), self.theta)
 
-    def numerical(self, operator: LinearMap, b: Tensor, sigma: Tensor, envelope: bool = True) -> Map:
-        """``D_num(u, params, k)``, params unused: wavelet proximal gradient for the data ``b``, its coarse band free."""
+    def numerical(self, operator: LinearMap, b: Tensor, sigma: Tensor, envelope: bool = True) -> Callable[[int], Map]:
+        """``k -> D_num(u, params, k)``, params unused: wavelet proximal gradient at rho_k, the coarse band free.
+
+        ``envelope=False`` takes ``||Q u - b||^2`` itself at step ``1 / (2 ||Q||^2)``, half the largest that is
+        non-expansive: many more iterations.
+        """
         fidelity, details = LeastSquares(operator, b, 2.0), torch.ones_like(b[:1, :1])
         details[..., : b.shape[-2] >> HAAR, : b.shape[-1] >> HAAR] = 0
-        prior = Analysis(Wavelet("haar", HAAR), Lp(1, self.number("kappa", sigma) * details))
+        kappa = self.config["start"]["kappa"] * sigma.square() * self.factor("kappa", sigma)
+        prior = Analysis(Wavelet("haar", HAAR), Lp(1, kappa * details))
 
         def prox_f(v: Tensor, size: Any, params: Any) -> Tensor:
             return fidelity.prox(v, size)
@@ -81,14 +94,22 @@ class Deconvolution(nn.Module):
         def prox_g(v: Tensor, size: Any, params: Any) -> Tensor:
             return prior.prox(v, size)
 
-        if envelope:
-            return half_quadratic(prox_f, prox_g, self.number("rho", sigma))
-        return proximal_gradient(lambda u, params: fidelity.grad(u), prox_g, 2 / fidelity.bounds[1])
+        def of(k: int) -> Map:
+            if envelope:
+                return half_quadratic(prox_f, prox_g, self.plan(sigma, k)[1])
+            return proximal_gradient(lambda u, params: fidelity.grad(u), prox_g, 1 / fidelity.bounds[1])
 
-    def map(self, operator: LinearMap, b: Tensor, sigma: Tensor, envelope: bool = True) -> Map:
-        """``T(u, params, k)``, params unused.  Eq: HODL (3)."""
-        D_num = self.numerical(operator, b, sigma, envelope)
-        return averaged(compose(D_num, lambda u, params, k: self.denoise(u, sigma)), self.alpha)
+        return of
+
+    def map(self, operator: LinearMap, b: Tensor, sigma: Tensor) -> tuple[Map, Tensor]:
+        """``T(u, params, k)``, params unused, and ``u^0``.  Eq: HODL (3)."""
+        D_num = self.numerical(operator, b, sigma)
+
+        def T(u: Tensor, params: Any, k: int) -> Tensor:
+            D = compose(D_num(k + 1), lambda u, params, k: self.denoise(u, sigma, k))
+            return averaged(D, self.alpha)(u, params, k)
+
+        return T, D_num(0)(b, None, 0)
 
 
 @dataclass
@@ -104,8 +125,8 @@ class Iteration:
         return state.next(self.T(state.x, None, state.k)), {}
 
 
-def plugged(unit: UNet, **start: tuple[float, float]) -> Deconvolution:
-    """A trained denoiser, plug-and-play in the same T; ``start`` sets the numbers, each c and p of ``c (sigma / 0.02)^p``.
+def plugged(unit: UNet, **start: Any) -> Deconvolution:
+    """A trained denoiser, plug-and-play in the same T, with the numbers of ``start`` as in `Deconvolution`.
 
     Source: HODL section 4.3, the networks trained beforehand of ENA.
     """

@@ -48,15 +48,16 @@ def denoiser(out: Path, resume: bool = False, steps: int = 5000) -> ResidualNet:
 
 
 def unroll(net: Deconvolution, x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Blur ``x`` circularly, add noise, run T from the data: ``u^1 ... u^K`` and ``D_net(u^K)``, each like ``x``."""
+    """Blur ``x`` circularly, add noise, run T: ``u^1 ... u^K`` and ``D_net(u^K)``, each like ``x``."""
     blur = Blur(kernel)
     b = blur.A(x)
-    u = b = b + sigma * torch.randn(b.shape, generator=generator).to(b)
-    step, outputs = net.map(blur, b, sigma), []
+    b = b + sigma * torch.randn(b.shape, generator=generator).to(b)
+    T, u = net.map(blur, b, sigma)
+    outputs = []
     for k in range(net.depth):
-        u = step(u, None, k)
+        u = T(u, None, k)
         outputs.append(u)
-    return [*outputs, net.denoise(u, sigma)]
+    return [*outputs, net.denoise(u, sigma, net.depth)]
 
 
 def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run: Any) -> dict:
@@ -87,7 +88,7 @@ def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run
     return fit(net, loss, validate=validate, **run)
 
 
-def deblur(out: Path, resume: bool = False, steps: int = 3000) -> None:
+def deblur(out: Path, resume: bool = False, steps: int = 2600) -> None:
     """Hierarchical training from the denoiser's weights; nothing bounds the network's Lipschitz constant."""
     unit: Any = denoiser(out, resume=True).units[0]
     net = Deconvolution(unit.config)
@@ -99,7 +100,7 @@ def deblur(out: Path, resume: bool = False, steps: int = 3000) -> None:
 def deblur_nonexpansive(out: Path, resume: bool = False, steps: int = 2000) -> None:
     """The same with ``D_net = (I + N) / 2``, N normalized to the Lipschitz constant 1: the hypotheses of Theorem 3.1."""
     torch.manual_seed(0)
-    net = Deconvolution({"widths": WIDTHS}, theta=0.5)
+    net = Deconvolution({"widths": WIDTHS}, theta=0.5, start={"first": None, "last": 2.0})
     normalized(net.unit)
     name = "hodl-deblur-nonexpansive"
     record = fit_hierarchically(net, steps=steps, lr=3e-3, out=out, name=name, resume=resume)
