@@ -78,8 +78,7 @@ class CascadeNet(nn.Module):
         if "lambda" not in self.factors:
             return Problem(fidelity)
         details = torch.ones_like(y[:1, :1])
-        # the coarse band is not penalised; but at weight 0 the threshold of p < 1 has no derivative
-        details[..., : y.shape[-2] >> HAAR, : y.shape[-1] >> HAAR] = 0 if self.config["p"] == 1 else 1e-6
+        details[..., : y.shape[-2] >> HAAR, : y.shape[-1] >> HAAR] = 0  # the coarse band is not penalised
         weight = self.factor("lambda", 0, sigma) * sigma.square() * details
         return Problem(fidelity, Analysis(Wavelet("haar", HAAR), Lp(self.config["p"], weight)))
 

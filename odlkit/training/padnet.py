@@ -8,6 +8,8 @@ no benchmark image and no benchmark kernel is seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,13 +83,44 @@ def greedy(out: Path, resume: bool = False, steps: int = 3500, width: int = 64) 
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
+def degrade(x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> tuple[Blur, Tensor]:
+    """The circular blur with ``kernel`` and ``y = k * x + sigma noise``, shape of ``x``."""
+    blur = Blur(kernel)
+    y = blur.A(x)
+    return blur, y + sigma.to(x) * torch.randn(y.shape, generator=generator).to(x)
+
+
+Restore = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]  # (x, kernel, sigma, generator) -> the stages
+
+
+def deblurring_loss(restore: Restore, images: Sequence[Tensor], side: int, generator: torch.Generator) -> Tensor:
+    """`log_error` of four crops of that side, each with a random kernel and 0.3 to 3% noise; in mixed precision."""
+    device = best_device()
+    x = patches(images, 4, side, generator).to(device)
+    kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
+    sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
+    with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
+        outputs = restore(x, kernel, sigma, generator)
+    return log_error(outputs, x)
+
+
+def deblurring_score(restore: Restore, images: Sequence[Tensor]) -> float:
+    """Mean PSNR in dB over ``images`` at 1% noise, image i with the i-th seed's kernel and noise."""
+    device, scores = best_device(), []
+    with torch.no_grad():
+        for i, x in enumerate(images):
+            generator = torch.Generator().manual_seed(i)
+            kernel = random_kernel(generator)[None, None].to(device)
+            sigma = torch.full((1, 1, 1, 1), 0.01, device=device)
+            scores.append(psnr(restore(x.to(device), kernel, sigma, generator)[-1].cpu(), x).item())
+    return sum(scores) / len(scores)
+
+
 def unroll(
     net: ResidualNet, x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator, depth: int = DEPTH
 ) -> list[Tensor]:
     """Blur, add noise, and run ``depth`` iterations of IPADNet: the list of ``v^1 ... v^depth``, each ``(B, 1, H, W)``."""
-    blur, sigma = Blur(kernel), sigma.to(x)
-    y = blur.A(x)
-    y = y + sigma * torch.randn(y.shape, generator=generator).to(x)
+    (blur, y), sigma = degrade(x, kernel, sigma, generator), sigma.to(x)
     step = Implicit(net, Schedule.between(FIRST, sigma, depth))
     problem = Problem(LeastSquares(blur, y, sigma**-2))
     return [state.x for state, _ in islice(iterate(step, problem, y), depth)]
@@ -95,29 +128,12 @@ def unroll(
 
 def joint(out: Path, resume: bool = False, steps: int = 5000, width: int = 64) -> None:
     """Fine-tune through the iteration at 0.3 to 3% noise: log mean squared error, mostly of the last v^k."""
-    net, device = greedy(out, resume=True, width=width), best_device()
-    net.to(device)
+    net = greedy(out, resume=True, width=width).to(best_device())
     train, held = pictures()
-
-    def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 4, 96, generator).to(device)
-        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None]
-        sigma = log_uniform(0.003, 0.03, len(x), generator)
-        with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
-            outputs = unroll(net, x, kernel, sigma, generator)
-        return log_error(outputs, x)
-
-    def validate() -> float:
-        scores = []
-        with torch.no_grad():
-            for i, x in enumerate(held):
-                generator = torch.Generator().manual_seed(i)
-                kernel = random_kernel(generator)[None, None]
-                restored = unroll(net, x.to(device), kernel, torch.full((1, 1, 1, 1), 0.01), generator)[-1]
-                scores.append(psnr(restored.cpu(), x).item())
-        return sum(scores) / len(scores)
-
-    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="padnet-image", resume=resume, validate=validate)
+    restore = partial(unroll, net)
+    record = fit(
+        net, partial(deblurring_loss, restore, train, 96), validate=partial(deblurring_score, restore, held),
+        steps=steps, lr=5e-4, out=out, name="padnet-image", resume=resume)  # fmt: skip
     card = {
         "name": "padnet-image",
         "what": "IPADNet's network N_alpha on the image domain: one unit of seven convolutions, batch normalization folded",

@@ -6,6 +6,7 @@ Data: train400 only, degraded at random; no benchmark image and no benchmark ker
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,15 +16,22 @@ from torch import Tensor
 from odlkit.metrics import psnr
 from odlkit.models.podm import Relaxed, RelaxedNet
 from odlkit.networks import ConvUnit, ResidualNet
-from odlkit.operators import Blur, BlurDecimate, Operator
+from odlkit.operators import BlurDecimate, Operator
 from odlkit.priors import Box
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.solvers import tikhonov
 from odlkit.tasks.sr import SMOOTH, bicubic_kernel
-from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
-from odlkit.training.padnet import HELD_OUT, best_device, fit_denoiser, log_uniform, pictures
+from odlkit.training.padnet import (
+    HELD_OUT,
+    best_device,
+    deblurring_loss,
+    deblurring_score,
+    degrade,
+    fit_denoiser,
+    pictures,
+)
 
 UNITS, FIRST = 6, 0.2  # networks of deblurring, neighbouring stages share one; the level of the first stage
 START = 100.0  # the smooth start weighs ||D x||^2 with 100 sigma^2: slopes of about 0.1
@@ -89,37 +97,16 @@ def deblur(out: Path, resume: bool = False, width: int = 64) -> None:
     train, held = pictures()
 
     def restore(x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
-        blur = Blur(kernel)
-        y = blur.A(x)
-        y = y + sigma * torch.randn(y.shape, generator=generator).to(y)
+        blur, y = degrade(x, kernel, sigma, generator)
         with torch.autocast(device.type, enabled=False):
             x0 = tikhonov(blur, y, START * sigma.square()) if smooth else y
         return unroll(net, blur, y, x0, sigma)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 4, side, generator).to(device)
-        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
-        sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
-            outputs = restore(x, kernel, sigma, generator)
-        return log_error(outputs, x)
-
-    def validate() -> float:
-        scores = []
-        with torch.no_grad():
-            for i, x in enumerate(held):
-                generator = torch.Generator().manual_seed(i)
-                kernel, sigma = (
-                    random_kernel(generator)[None, None].to(device),
-                    torch.full((1, 1, 1, 1), 0.01, device=device),
-                )
-                scores.append(psnr(restore(x.to(device), kernel, sigma, generator)[-1].cpu(), x).item())
-        return sum(scores) / len(scores)
-
     record: dict = {}
     for number, (plan, places, smooth, side) in enumerate(PHASES, 1):  # noqa: B007
         net, name = net.rearranged(places), f"rpodm-deblur-{number}"
-        record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=validate, seed=number - 1)  # type: ignore[arg-type]
+        loss, score = partial(deblurring_loss, restore, train, side), partial(deblurring_score, restore, held)
+        record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=score, seed=number - 1)  # type: ignore[arg-type]
     record |= {"phases": [list(phase) for phase in PHASES]}
     _finish(net, out, record, {
         "name": "rpodm-deblur",
