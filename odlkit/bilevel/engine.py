@@ -89,7 +89,7 @@ def hypergradient(
         raise ValueError(f"warm: expected the warm of a call with the same lower level, got {tuple(warm.shape)}")
     tape = way.run(lower, steps, tol)
     with torch.no_grad():
-        residual = change(lower.T(tape.u, tape.k), tape.u)
+        residual = change(lower.iterate(tape.u, tape.k, tape.k + 1)[0], tape.u)
     value, v, direct = lower.loss(tape.u)
     status = Status.CONVERGED if tape.met else Status.STEP_LIMIT
     result = Result(value, None, tree_unflatten(tape.u, lower.spec), status, residual, tape.k)
@@ -141,7 +141,7 @@ def check_finite(lower: Lower, tape: Tape, residual: float, value: Tensor) -> No
         u = lower.start
         with torch.no_grad():
             for k in range(tape.k):
-                u = lower.T(u, k)
+                u, _, _ = lower.iterate(u, k, k + 1)
                 check(u, k + 1)
         raise
     for quantity, number in (("residual", residual), ("upper loss", value.item())):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten  # torch has no public name for them yet
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # torch has no public name for them yet
 
 from odlkit.bilevel.solves import SOLVERS, Solve, Status, asymmetry, ravel, size, solve, unravel
 
@@ -44,16 +44,20 @@ class descent:
 
     def __call__(self, u: Any, params: Any, k: int = 0) -> Any:
         s = self.step_size(params, k) if callable(self.step_size) else self.step_size
-        return tree_map(lambda a, g: a - s * g, u, self.gradient(u, params))
+        leaves, slopes, spec = self.slopes(u, params)
+        if isinstance(s, Tensor):
+            return tree_unflatten([a - s * g for a, g in zip(leaves, slopes, strict=True)], spec)
+        return tree_unflatten([a.sub(g, alpha=s) for a, g in zip(leaves, slopes, strict=True)], spec)
 
-    def gradient(self, u: Any, params: Any) -> Any:
-        """``d loss/du``, like ``u``; with a graph where gradients are being recorded."""
+    def slopes(self, u: Any, params: Any) -> tuple[Leaves, Leaves, Any]:
+        """The leaves of ``u``, of ``d loss/du``, and their tree; with a graph where gradients are being recorded."""
         record = torch.is_grad_enabled()
         leaves, spec = tree_flatten(u)
         with torch.enable_grad():
             leaves = [leaf if record and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
             loss = self.loss(tree_unflatten(leaves, spec), params)
-            return tree_unflatten(torch.autograd.grad(loss, leaves, create_graph=record, materialize_grads=True), spec)
+            slopes = torch.autograd.grad(loss, leaves, create_graph=record, materialize_grads=True)
+        return leaves, list(slopes), spec
 
 
 class Lower:
@@ -73,15 +77,6 @@ class Lower:
         self.params = tree_unflatten(self.leaves, self.params_spec)
         self.frozen = tree_unflatten([leaf.detach() for leaf in leaves], self.params_spec)
 
-    def T(self, u: Leaves, k: int) -> Leaves:
-        """One step on leaves; through frozen parameters where no gradient is recorded."""
-        params = self.params if torch.is_grad_enabled() else self.frozen
-        new = tree_leaves(self.step(tree_unflatten(u, self.spec), params, k))
-        if len(new) != len(u) or any(a.shape != b.shape for a, b in zip(new, u, strict=True)):
-            shapes = [[tuple(leaf.shape) for leaf in part] for part in (u, new)]
-            raise ValueError(f"step: expected a tree with leaves of shape {shapes[0]}, got {shapes[1]}")
-        return new
-
     def loss(self, u: Leaves) -> tuple[Tensor, Leaves, Leaves]:
         """``upper(u, w)`` and its two partial derivatives."""
         u = [leaf.detach().requires_grad_() for leaf in u]
@@ -92,16 +87,23 @@ class Lower:
         found = vjp([value], [*u, *self.leaves], [torch.ones_like(value)])
         return value.detach(), found[: len(u)], found[len(u) :]
 
-    def iterate(self, u: Leaves, first: int, last: int, tol: float = 0.0, keep: dict[int, Leaves] | None = None, every=1):
-        """``(u^k, k, met)`` from ``u = u^first`` to ``k = last`` or to a relative change ``<= tol``; ``keep`` is filled."""
-        for k in range(first, last):
+    def iterate(self, u: Leaves, first: int, last: int, tol: float = 0.0, keep: dict[int, Any] | None = None, every=1):
+        """``(u^k, k, met)`` from ``u = u^first`` to ``k = last`` or to a relative change ``<= tol``; ``keep`` is filled.
+
+        Through frozen parameters where no gradient is recorded.  Trees are taken apart at the ends only: a bare loop.
+        """
+        params = self.params if torch.is_grad_enabled() else self.frozen
+        tree, k, met = tree_unflatten(u, self.spec), first, False
+        while k < last and not met:
             if keep is not None and (k - first) % every == 0:
-                keep[k] = u
-            new = self.T(u, k)
-            if tol > 0 and change(new, u) <= tol:
-                return new, k + 1, True
-            u = new
-        return u, last, False
+                keep[k] = tree
+            old, tree, k = tree, self.step(tree, params, k), k + 1
+            met = tol > 0 and change(tree_leaves(tree), tree_leaves(old)) <= tol
+        leaves = tree_leaves(tree)
+        if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in u]:
+            shapes = [[tuple(leaf.shape) for leaf in part] for part in (u, leaves)]
+            raise ValueError(f"step: expected a tree with leaves of shape {shapes[0]}, got {shapes[1]}")
+        return leaves, k, met
 
 
 def change(new: Leaves, old: Leaves) -> float:
@@ -118,7 +120,7 @@ class Tape:
     u: Leaves
     k: int
     met: bool
-    kept: dict[int, Leaves] = field(default_factory=dict)  # u^j for some j < k
+    kept: dict[int, Any] = field(default_factory=dict)  # trees u^j for some j < k
     graph: Leaves | None = None  # u^k with its graph down to the parameters
 
 
@@ -148,7 +150,7 @@ class Unrolled:
             with torch.enable_grad():
                 graph, k, met = lower.iterate(u, first, steps, tol)
             return Tape([leaf.detach() for leaf in graph], k, met, graph=graph)
-        kept: dict[int, Leaves] = {}
+        kept: dict[int, Any] = {}
         every = 1 if self.memory == "rebuilt" else math.ceil(math.sqrt(max(steps - first, 1)))
         with torch.no_grad():
             u, k, met = lower.iterate(u, first, steps, tol, kept, every)
@@ -160,7 +162,7 @@ class Unrolled:
             return vjp(graph, lower.leaves, v), None
         total, end = [torch.zeros_like(leaf) for leaf in lower.leaves], tape.k
         for k in sorted(tape.kept, reverse=True):
-            u = [leaf.detach().requires_grad_() for leaf in tape.kept.pop(k)]
+            u = [leaf.detach().requires_grad_() for leaf in tree_leaves(tape.kept.pop(k))]
             with torch.enable_grad():
                 new, _, _ = lower.iterate(u, k, end)
             below = u if tape.kept else []  # nobody needs the derivative in u^0
@@ -187,11 +189,16 @@ class Truncated:
             raise ValueError(f"window: expected at least 1 step, got {self.window}")
 
     def run(self, lower: Lower, steps: int, tol: float) -> Tape:
-        kept: dict[int, Leaves] | None = {} if tol > 0 else None
+        kept: dict[int, Any] = {}
+        first, met = max(steps - self.window, 0), False
         with torch.no_grad():
-            u, k, met = lower.iterate(lower.start, 0, steps if tol > 0 else max(steps - self.window, 0), tol, kept)
-        first = max(k - self.window, 0) if tol > 0 else k
-        tape = Unrolled(self.memory).run_from(lower, kept[first] if kept else u, first, k if tol > 0 else steps, 0.0)
+            if tol > 0:
+                u, steps, met = lower.iterate(lower.start, 0, steps, tol, kept)
+                first = max(steps - self.window, 0)
+                u = tree_leaves(kept[first]) if kept else u
+            else:
+                u, _, _ = lower.iterate(lower.start, 0, first)
+        tape = Unrolled(self.memory).run_from(lower, u, first, steps, 0.0)
         tape.met = met
         return tape
 
@@ -206,9 +213,9 @@ class Linearised:
         self.u, self.leaves = [leaf.detach().requires_grad_() for leaf in u], lower.leaves
         with torch.enable_grad():
             if hessian:
-                self.F = tree_leaves(lower.step.gradient(tree_unflatten(self.u, lower.spec), lower.params))
+                self.F = lower.step.slopes(tree_unflatten(self.u, lower.spec), lower.params)[1]
             else:
-                self.F = [a - b for a, b in zip(self.u, lower.T(self.u, k), strict=True)]
+                self.F = [a - b for a, b in zip(self.u, lower.iterate(self.u, k, k + 1)[0], strict=True)]
 
     def transposed(self, v: Tensor) -> Tensor:
         """``(dF/du)^T v``."""
