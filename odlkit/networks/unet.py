@@ -97,6 +97,44 @@ def lipschitz(net: UNet, n: int = 32) -> float:
     return norm[net.head] * bound * norm[net.tail]
 
 
+def as_identity(net: UNet, offset: float = 1.0) -> UNet:
+    """Weights with which ``net`` maps an image to itself, every norm 1; changes and returns ``net``.
+
+    A random isometry carries the image into the channels, another one at each change of scale, its transpose back.  ReLU
+    works on values shifted by ``offset``, so the identity is exact while they stay above ``-offset``.  From random weights
+    of norm 1 an image would leave such a network as a faint blur of itself, and training spends its time undoing that.
+    Raises ``ValueError`` unless each scale has four times the channels that the scale above it needs.
+    """
+    used = net.head.in_channels - 1
+    widths = net.config["widths"]
+    if any(width < used * 4**i for i, width in enumerate(widths)):
+        raise ValueError(f"widths: expected at least {[used * 4**i for i in range(len(widths))]}, got {widths}")
+
+    def isometry(rows: int, columns: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64))[0]
+
+    with torch.no_grad():
+        for layer, _ in convolutions(net):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        basis = isometry(widths[0], used)  # the channels' values are its combinations
+        net.head.weight[:, :used, 1, 1] = basis.to(net.head.weight)
+        net.tail.weight[:, :, 1, 1] = basis.T.to(net.tail.weight)
+        changes: Any = zip(net.downs, net.ups, strict=True)
+        for down, up in changes:
+            spread = torch.einsum("cj,tu->cjtu", basis, torch.eye(4, dtype=torch.float64)).permute(0, 2, 1, 3).flatten(2)
+            basis = isometry(down.out_channels, spread.shape[2])
+            matrix = torch.einsum("bj,ctj->bct", basis, spread).unflatten(2, (2, 2))
+            down.weight.copy_(matrix)
+            up.weight.copy_(matrix)
+        blocks: Any = (m for m in net.modules() if isinstance(m, Block))
+        for block in blocks:
+            for layer, shift in ((block.first, offset), (block.second, -offset)):
+                nn.init.dirac_(layer.weight)
+                layer.bias.fill_(shift)
+    return net
+
+
 def normalized(net: UNet, size: int = 16) -> UNet:
     """Keep every convolution of ``net`` at norm 1 while it is trained (`OperatorNorm`); changes and returns ``net``.
 

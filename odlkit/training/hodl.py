@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from odlkit.metrics import psnr
 from odlkit.models.hodl_deblur import Deconvolution
 from odlkit.networks import ResidualNet, UNet
-from odlkit.networks.unet import certified, lipschitz, normalized
+from odlkit.networks.unet import as_identity, certified, lipschitz, normalized
 from odlkit.operators import Blur
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
@@ -97,13 +97,16 @@ def deblur(out: Path, resume: bool = False, steps: int = 2600) -> None:
     finish(net, out, "hodl-deblur", record, "free network, trained first as hodl-denoiser")
 
 
-def deblur_nonexpansive(out: Path, resume: bool = False, steps: int = 2000) -> None:
-    """The same with ``D_net = (I + N) / 2``, N normalized to the Lipschitz constant 1: the hypotheses of Theorem 3.1."""
+def deblur_nonexpansive(out: Path, resume: bool = False, steps: int = 1200) -> None:
+    """``D_net = (I + N) / 2``, N of Lipschitz constant 1, and one T from the first step: as Theorem 3.1 has it.
+
+    N begins as the identity, so the iteration begins as proximal gradient alone.
+    """
     torch.manual_seed(0)
-    net = Deconvolution({"widths": WIDTHS}, theta=0.5, start={"first": None, "last": 2.0})
-    normalized(net.unit)
+    net = Deconvolution({"widths": WIDTHS}, theta=0.5, start={"first": None, "last": 2.0, "trust": 1.0, "kappa": 20.0})
+    normalized(as_identity(net.unit))
     name = "hodl-deblur-nonexpansive"
-    record = fit_hierarchically(net, steps=steps, lr=3e-3, out=out, name=name, resume=resume)
+    record = fit_hierarchically(net, size=64, steps=steps, lr=2e-3, out=out, name=name, resume=resume)
     net.unit = certified(net.unit, margin=1e-3)
     finish(net, out, name, record, "network normalized to the Lipschitz constant 1")
 
