@@ -100,9 +100,9 @@ class Lower:
             old, tree, k = tree, self.step(tree, params, k), k + 1
             met = tol > 0 and change(tree_leaves(tree), tree_leaves(old)) <= tol
         leaves = tree_leaves(tree)
-        if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in u]:
-            shapes = [[tuple(leaf.shape) for leaf in part] for part in (u, leaves)]
-            raise ValueError(f"step: expected a tree with leaves of shape {shapes[0]}, got {shapes[1]}")
+        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in u]:
+            kinds = [[(*leaf.shape, leaf.dtype) for leaf in part] for part in (u, leaves)]
+            raise ValueError(f"step: expected leaves like those of start, {kinds[0]}, got {kinds[1]}")
         return leaves, k, met
 
 
