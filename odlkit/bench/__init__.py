@@ -20,6 +20,9 @@ PLACES = {
     "gdc-deblur": "odlkit.bench.gdc:deblur",
     "gdc-inpaint": "odlkit.bench.gdc:interpolate",
     "gdc-smooth": "odlkit.bench.gdc:smoothing",
+    "hodl-lambda": "odlkit.bench.hodl_lambda:run",
+    "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
+    "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
     "hodl-deblur": "odlkit.bench.hodl_deblur:run",
 }
 
