@@ -14,7 +14,7 @@ from odlkit.metrics import psnr
 from odlkit.models.hodl_deblur import Deconvolution, Iteration, plugged
 from odlkit.networks import UNet
 from odlkit.networks.normalize import local_norm
-from odlkit.networks.unet import certified, convolutions, lipschitz, norm_bound, normalized
+from odlkit.networks.unet import as_identity, certified, convolutions, lipschitz, norm_bound, normalized
 from odlkit.operators import Blur, Wavelet
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import propagate
@@ -26,6 +26,7 @@ from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import save_weights
 
 SMALL = {"widths": (4, 6, 8)}
+WIDE = (4, 16, 64)  # room for the identity
 installed = pytest.mark.skipif(not {*NAMES.values()} <= weights.cards().keys(), reason="HODL's networks are not installed")
 
 
@@ -36,6 +37,11 @@ def seeded(seed: int = 0) -> torch.Generator:
 def network(**options) -> Deconvolution:
     torch.manual_seed(0)
     return Deconvolution(SMALL, depth=2, **options).double().eval()
+
+
+def constant(**options) -> Deconvolution:
+    """One map from the first step, ``D_net = (I + N) / 2``."""
+    return network(theta=0.5, start={"first": None, "last": 2.0}, **options)
 
 
 def tight(seed: int = 0) -> UNet:
@@ -127,29 +133,33 @@ def test_training_keeps_every_norm_at_one():
 def test_eq_3_is_the_network_then_proximal_gradient_on_the_envelope_then_the_average():
     """Every part written out; the envelope's gradient by differentiating its value.  Eq: HODL (3), Table 2."""
     _, blur, b, sigma = scene()
-    net = network(start={"kappa": (0.02, 1.0)})
-    u = b + 0.1 * torch.randn(b.shape, generator=seeded(5), dtype=torch.float64)
-    s, rho, kappa = (net.number(name, sigma) for name in ("level", "rho", "kappa"))
-    v = u - s * net.unit(u, s)
+    net, W = network(start={"kappa": 30.0}), Wavelet("haar", 3)
+    kappa = 30 * sigma.square()
 
-    def envelope(v):
+    def envelope(v, rho):
         """``min_w ||Q w - b||^2 + (rho/2) ||w - v||^2``."""
         w = LeastSquares(blur, b, 2.0).prox(v, 1 / rho)
         return ((blur.A(w) - b).square() + rho / 2 * (w - v).square()).sum()
 
-    v = v.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(envelope(v), v)
-    W = Wavelet("haar", 3)
-    c = W.A(v - slope / rho)
-    shrunk = torch.sign(c) * (c.abs() - kappa / rho).clamp_min(0)
-    shrunk[..., :4, :4] = c[..., :4, :4]
-    expected = u + 0.9 * (W.A_adjoint(shrunk) - u)
-    assert (kappa / rho > 0.05).all() and (net.map(blur, b, sigma)(u, None, 0) - expected).abs().max() < 1e-12
+    def D_num(v, rho):
+        v = v.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(envelope(v, rho), v)
+        c = W.A(v - slope / rho)
+        shrunk = torch.sign(c) * (c.abs() - kappa / rho).clamp_min(0)
+        shrunk[..., :4, :4] = c[..., :4, :4]
+        return W.A_adjoint(shrunk)
+
+    T, u = net.map(blur, b, sigma)
+    assert (u - D_num(b, 0.5 * (sigma / 0.2).square())).abs().max() < 1e-12  # rho_0, trust being 1/4
+    for k, t in ((0, 0.5), (1, 1.0), (5, 1.0)):  # of depth 2: from there on one map
+        s = [0.2 ** (1 - r) * sigma**r for r in (min(k / 2, 1), t)]
+        expected = u + 0.95 * (D_num(u - s[0] * net.unit(u, s[0]), 0.5 * (sigma / s[1]).square()) - u)
+        assert (T(u, None, k) - expected).abs().max() < 1e-12
 
 
 def test_without_the_envelope_it_is_the_papers_proximal_gradient_and_lowers_its_energy():
     _, blur, b, _ = scene()
-    u = gradient(network(start={"kappa": (0.05, 0.0)}), blur, b, 0.02, 5)
+    u = gradient(network(start={"kappa": 0.05 / 0.02**2}), blur, b, 0.02, 5)
     W = Wavelet("haar", 3)
     energy = [
         ((blur.A(x) - b).square().sum() + 0.05 * (W.A(x).abs().sum() - W.A(x)[..., :4, :4].abs().sum())).item() for x in u
@@ -170,13 +180,13 @@ def test_the_hypergradient_is_that_of_differences():
             for name, value in values.items():
                 named[name].copy_(value)
         level = [named[name] for name in values]
-        u, step = b, one.map(blur, b, sigma)
+        T, u = one.map(blur, b, sigma)
         for k in range(one.depth):
-            u = step(u, None, k)
-        value = (one.denoise(u, sigma) - x).square().sum()
+            u = T(u, None, k)
+        value = (one.denoise(u, sigma, one.depth) - x).square().sum()
         return value, torch.autograd.grad(value, level)
 
-    names = ("numbers.level", "numbers.rho", "numbers.kappa", "unit.tail.weight")
+    names = ("factors.level", "factors.rho", "factors.kappa", "unit.tail.weight")
     start = {name: dict(net.named_parameters())[name].detach().clone() for name in names}
     _, slopes = loss(start)
     for i, name in enumerate(names):
@@ -189,17 +199,15 @@ def test_the_hypergradient_is_that_of_differences():
 def test_a_certified_network_makes_the_map_non_expansive_and_a_steep_one_does_not():
     """Assumption 3.2 on random pairs and along the steepest direction at a point."""
     _, blur, b, sigma = scene()
-    net = network(theta=0.5, alpha=1.0)
+    net = constant(alpha=1.0)
     net.unit = tight()
     for unit_scale, holds in ((1.0, True), (40.0, False)):
         net.unit.head.weight.data *= unit_scale
-        step = net.map(blur, b, sigma)
-        at = lambda v, step=step: step(v, None, 0)  # noqa: E731
+        T, _ = net.map(blur, b, sigma)
+        at = lambda v, T=T: T(v, None, 0)  # noqa: E731
         assert (local_norm(at, b, 30) <= 1 + 1e-9) == holds
         p, q = b, b + 0.01 * torch.randn(b.shape, generator=seeded(4), dtype=torch.float64)
         assert (at(p) - at(q)).norm() <= (p - q).norm() or not holds
-    _, run = iterated(network(), *scene()[2:0:-1], 0.02, 5)
-    assert len(run.trace) == 5
 
 
 def test_the_path_of_the_benchmark_is_the_iteration_of_the_task():
@@ -207,23 +215,24 @@ def test_the_path_of_the_benchmark_is_the_iteration_of_the_task():
     net = network()
     x, result = iterated(net, b, blur, 0.02, 4)
     found = path(net, blur, b, 0.02, 4)
-    assert len(found) == 5 and torch.equal(found[0][0], b)
+    assert len(found) == 5
     assert torch.allclose(found[-1][0], result.x) and torch.allclose(found[-1][1], x)
 
 
 def test_plug_and_play_is_the_same_map_with_the_denoisers_weights():
     torch.manual_seed(0)
     unit = UNet(**SMALL).double()
-    net = plugged(unit, level=(0.03, 0.0), rho=(0.2, 0.0), kappa=(0.0, 0.0))
+    net = plugged(unit, first=None, last=3.0, trust=0.5)
     sigma = torch.tensor([0.01, 0.05]).double().view(-1, 1, 1, 1)
-    assert (net.number("level", sigma) == 0.03).all() and (net.number("rho", sigma) == 0.2).all()
+    s, rho = net.plan(sigma, 4)
+    assert torch.allclose(s, 3 * sigma) and torch.allclose(rho, torch.full_like(rho, 1 / 9))
     u = torch.rand(2, 1, 16, 16, dtype=torch.float64)
-    assert torch.equal(net.denoise(u, sigma), u - 0.03 * unit(u, 0.03)) and not net.training
+    assert torch.equal(net.denoise(u, sigma, 4), u - s * unit(u, s)) and not net.training
 
 
 def test_moves_that_grow_fail_the_certificate():
     _, blur, b, _ = scene()
-    net = network(theta=0.5)
+    net = constant()
     net.unit = tight()
     good = iterated(net, b, blur, 0.02, 6)[1]
     told = theorem_3_1(good, 0.99)
@@ -241,7 +250,18 @@ def test_bad_arguments_are_named(argument, options):
         Deconvolution(SMALL, **options)
     _, blur, b, sigma = scene()
     with pytest.raises(ValueError, match="^alpha: expected a number in"):
-        network(alpha=1.5).map(blur, b, sigma)
+        T, u = network(alpha=1.5).map(blur, b, sigma)
+        T(u, None, 0)
+    with pytest.raises(ValueError, match="^widths: expected at least"):
+        as_identity(UNet(**SMALL))
+
+
+def test_the_bounded_network_begins_as_the_identity():
+    torch.manual_seed(0)
+    net = as_identity(UNet(widths=WIDE).double(), offset=9.0)
+    v = torch.rand(2, 1, 16, 24, generator=seeded(), dtype=torch.float64)
+    assert (net(v, 0.1) - v).abs().max() < 1e-12
+    assert all(abs(norm_bound(layer, c, 256) - 1) < 1e-3 for layer, c in convolutions(net))
 
 
 # Recipes and files.
@@ -255,15 +275,16 @@ def test_saved_networks_come_back(tmp_path, monkeypatch):
     assert isinstance(back, Deconvolution) and back.depth == 2 and back.theta == 0.5 and not back.training
     b, blur = torch.rand(1, 1, 16, 16), Blur(torch.ones(3, 3) / 9)
     sigma = torch.full((1, 1, 1, 1), 0.02)
-    assert torch.equal(net.map(blur, b, sigma)(b, None, 0), back.map(blur, b, sigma)(b, None, 0))
+    (T, u), (same, start) = net.map(blur, b, sigma), back.map(blur, b, sigma)
+    assert torch.equal(u, start) and torch.equal(T(u, None, 0), same(u, None, 0))
 
 
 def test_the_recipes_run_resume_and_say_what_they_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "WIDTHS", (4, 6, 8))
+    monkeypatch.setattr(recipes, "WIDTHS", WIDE)
     for module in (recipes, padnet):
         monkeypatch.setattr(module, "pictures", lambda: ([torch.rand(1, 1, 180, 180, generator=seeded())],) * 2)
     monkeypatch.setattr(recipes, "denoiser", partial(recipes.denoiser, steps=1))
-    recipe("hodl-deblur")(tmp_path, steps=2)  # trains the denoiser first
+    recipe("hodl-deblur")(tmp_path, steps=2, slow=(4, 1))  # trains the denoiser first
     recipe("hodl-deblur-nonexpansive")(tmp_path, steps=2)
     monkeypatch.setattr(weights, "FOLDER", tmp_path)
     for name in NAMES.values():
@@ -274,8 +295,8 @@ def test_the_recipes_run_resume_and_say_what_they_made(tmp_path, monkeypatch):
     assert card["lipschitz_bound"] <= 1
     file = tmp_path / "hodl-deblur.safetensors"
     before = file.read_bytes()
-    recipe("hodl-deblur")(tmp_path, resume=True, steps=2)
-    assert file.read_bytes() == before and weights.load("hodl-denoiser").units[0].config["widths"] == [4, 6, 8]
+    recipe("hodl-deblur")(tmp_path, resume=True, steps=2, slow=(4, 1))
+    assert file.read_bytes() == before and weights.load("hodl-denoiser").units[0].config["widths"] == list(WIDE)
 
 
 # The shipped networks.
@@ -300,8 +321,8 @@ def test_trained_through_the_iteration_it_beats_the_same_network_plugged_in(name
     x, kernel, b = blurred(name, seed, sigma)
     unit = weights.load("hodl-denoiser").units[0]
     found = {m: psnr(deblur(b, kernel, sigma, m, "circular")[0], x).item() for m in NAMES}
-    pnp = [plugged(unit, level=(c * sigma, 0), rho=(rho, 0)) for c in (1.4, 2.8) for rho in (0.1, 0.3)]
-    best = max(psnr(path(net, Blur(kernel), b, sigma, 12)[-1][1], x).item() for net in pnp)
+    pnp = [plugged(unit, last=last, trust=trust) for last in (1.0, 1.4) for trust in (0.25, 0.5)]
+    best = max(psnr(path(net, Blur(kernel), b, sigma, net.depth)[-1][1], x).item() for net in pnp)
     assert found["hodl"] > best + 0.3
     assert found["hodl"] > psnr(b, x).item() + 4 and found["hodl-nonexpansive"] > psnr(b, x).item() + 3
 

@@ -16,23 +16,19 @@ from torch import Tensor
 from odlkit import data, weights
 from odlkit.bench import provenance
 from odlkit.metrics import psnr
-from odlkit.models.hodl_deblur import Deconvolution, plugged
-from odlkit.models.padnet import Implicit, Schedule
+from odlkit.models.hodl_deblur import START, Deconvolution, plugged
 from odlkit.operators import Blur
-from odlkit.problem import LeastSquares, Problem
-from odlkit.propagate import iterate
 from odlkit.tasks.deblur_hodl import NAMES
 from odlkit.training.kernels import random_kernel
 
 NOISE, IMAGES, KERNEL = (0.01, 0.03), ("butterfly", "leaves", "starfish"), 1  # the second kernel, 17x17
-STEPS = {"pg": 150, "pnp": 24, "pnp falling": 8, "hodl-nonexpansive": 12, "hodl": 12}
-LEVEL, RHO, KAPPA = (0.7, 1.4, 2.8), (0.03, 0.1, 0.3, 1.0), (9.0, 18.0, 36.0, 72.0)  # s / sigma, rho, kappa / sigma^2
-FALLING = (0.2, 8)  # alpha_0 and the number of iterations of plug-and-play with a falling noise level
-THRESHOLD = 0.01  # kappa / sigma^2 of plug-and-play: next to nothing, the network is the prior
+STEPS = {"pg": 100, "pnp": 7, "pnp, 20 steps": 20, "pnp, constant": 16}  # those trained: their depth
+LAST, TRUST, KAPPA = (0.7, 1.0, 1.4, 2.0, 2.8), (0.12, 0.25, 0.5, 1.0), (9.0, 18.0, 36.0, 72.0)  # what `tuned` tries
+FURTHER = 5  # iterations beyond the depth of training that Figure 9 shows
 WITHIN = 0.05  # dB: how near to its best a method has to be to have arrived
 BEYOND = 10  # times the depth of training
 Method = Callable[[Blur, Tensor], list[Tensor]]
-PAPER = {  # Table 6, in dB: 1% then 3%
+TABLE_6 = {  # in dB, the three pictures at 1%, then at 3%
     "EPLL": [20.55, 19.22, 24.84, 18.64, 17.54, 22.47],
     "FDN": [27.40, 26.51, 27.48, 24.27, 23.53, 24.71],
     "IRCNN (ENA)": [32.74, 33.22, 33.53, 28.53, 28.45, 28.42],
@@ -40,6 +36,7 @@ PAPER = {  # Table 6, in dB: 1% then 3%
     "DPIR (ENA)": [34.18, 35.12, 33.91, 29.45, 30.27, 29.46],
     "HODL": [33.67, 35.39, 33.98, 29.46, 30.69, 29.64],
 }
+PRINTED = {"pnp": "DPIR (ENA)", "hodl": "HODL"}  # our rows that have a counterpart
 
 
 def observe(x: Tensor, kernel: Tensor, sigma: float) -> tuple[Blur, Tensor]:
@@ -50,69 +47,69 @@ def observe(x: Tensor, kernel: Tensor, sigma: float) -> tuple[Blur, Tensor]:
 
 def path(net: Deconvolution, blur: Blur, b: Tensor, sigma: float, steps: int) -> list[tuple[Tensor, Tensor]]:
     """``(u^k, D_net(u^k))`` for k = 0 ... steps, one network call each: T taken apart."""
-    level, u, found = torch.full((len(b), 1, 1, 1), sigma).to(b), b, []
+    level, found = torch.full((len(b), 1, 1, 1), sigma).to(b), []
     D_num = net.numerical(blur, b, level)
+    u = D_num(0)(b, None, 0)
     for k in range(steps + 1):
-        v = net.denoise(u, level)
+        v = net.denoise(u, level, k)
         found.append((u, v))
-        u = u + net.alpha * (D_num(v, None, k) - u)
+        u = u + net.alpha * (D_num(k + 1)(v, None, k) - u)
     return found
 
 
 def gradient(net: Deconvolution, blur: Blur, b: Tensor, sigma: float, steps: int) -> list[Tensor]:
-    """Proximal gradient on ``||Q u - b||^2 + kappa ||W u||_1``, no network: u^0 ... u^steps."""
-    step = net.numerical(blur, b, torch.full((len(b), 1, 1, 1), sigma).to(b), envelope=False)
+    """Proximal gradient on ``||Q u - b||^2 + kappa ||W u||_1``, no network: u^0 = b, ... u^steps."""
+    step = net.numerical(blur, b, torch.full((len(b), 1, 1, 1), sigma).to(b), envelope=False)(0)
     found = [b]
     for k in range(steps):
         found.append(step(found[-1], None, k))
     return found
 
 
-def falling(network: Any, blur: Blur, b: Tensor, sigma: float) -> list[Tensor]:
-    """Half-quadratic splitting with a noise level that falls to sigma, as DPIR runs it: v^0 = b, v^1, ..."""
-    first, steps = FALLING
-    run = iterate(Implicit(network, Schedule.between(first, sigma, steps)), Problem(LeastSquares(blur, b, sigma**-2)), b)
-    return [b, *(next(run)[0].x for _ in range(steps))]
+def plugs(numbers: dict[str, Any]) -> dict[str, Deconvolution]:
+    """The denoiser in HODL's T: the level falls in 7 steps or in 20, or is constant."""
+    unit: Any = weights.load("hodl-denoiser").units
+    (last, trust), (still, weight) = numbers["falling"], numbers["constant"]
+    return {
+        "pnp": plugged(unit[0], STEPS["pnp"], last=last, trust=trust),
+        "pnp, 20 steps": plugged(unit[0], STEPS["pnp, 20 steps"], last=last, trust=trust),
+        "pnp, constant": plugged(unit[0], first=None, last=still, trust=weight),
+    }
 
 
 def tuned(sigma: float) -> dict[str, Any]:
-    """Level and rho of plug-and-play, kappa of proximal gradient: the best at this noise on pictures of train400."""
+    """Last level and trust of plug-and-play, kappa of proximal gradient: the best on the last twelve of train400."""
     unit: Any = weights.load("hodl-denoiser")
     x = torch.cat(data.images("train400")[-12:])[..., :128, :128]
     blur, b = observe(x, torch.stack([random_kernel(torch.Generator().manual_seed(i)) for i in range(12)])[:, None], sigma)
-    scores = {}
-    for s in LEVEL:
-        for rho in RHO:
-            net = plug_and_play(sigma, {"level_by_sigma": s, "rho": rho})
-            scores[s, rho] = psnr(path(net, blur, b, sigma, 12)[-1][1], x).mean().item()
+    best: dict[str, Any] = {}
+    for name, first, steps in (("falling", START["first"], STEPS["pnp"]), ("constant", None, STEPS["pnp, constant"])):
+        scores = {}
+        for last in LAST[:3] if first else LAST[2:]:
+            for trust in TRUST:
+                net = plugged(unit.units[0], STEPS["pnp"], first=first, last=last, trust=trust)
+                scores[last, trust] = psnr(path(net, blur, b, sigma, steps)[-1][1], x).mean().item()
+        best[name] = max(scores, key=scores.__getitem__)
     alone = {
-        kappa: psnr(gradient(plugged(unit.units[0], kappa=(kappa * sigma**2, 0)), blur, b, sigma, 100)[-1], x).mean().item()
+        kappa: psnr(gradient(plugged(unit.units[0], kappa=kappa), blur, b, sigma, STEPS["pg"])[-1], x).mean().item()
         for kappa in KAPPA
     }
-    (s, rho), kappa = max(scores, key=scores.__getitem__), max(alone, key=alone.__getitem__)
-    return {"level_by_sigma": s, "rho": rho, "kappa_by_sigma_squared": kappa, "grid": [[*k, v] for k, v in scores.items()]}
-
-
-def plug_and_play(sigma: float, numbers: dict[str, Any]) -> Deconvolution:
-    """The denoiser in HODL's T with its tuned numbers."""
-    unit: Any = weights.load("hodl-denoiser").units
-    s, rho = numbers["level_by_sigma"] * sigma, numbers["rho"]
-    return plugged(unit[0], level=(s, 0), rho=(rho, 0), kappa=(THRESHOLD * sigma**2, 0))
+    return best | {"kappa": max(alone, key=alone.__getitem__)}
 
 
 def methods(sigma: float, numbers: dict[str, Any]) -> dict[str, Method]:
     """Name -> function ``(blur, b) -> [what is restored after 0, 1, ... iterations]``."""
     unit: Any = weights.load("hodl-denoiser")
-    pg = plugged(unit.units[0], kappa=(numbers["kappa_by_sigma_squared"] * sigma**2, 0))
+    alone, found = plugged(unit.units[0], kappa=numbers["kappa"]), plugs(numbers)
+    trained: Any = {name: weights.load(file) for name, file in NAMES.items()}
 
     def images(net: Deconvolution, steps: int) -> Method:
         return lambda blur, b: [v for _, v in path(net, blur, b, sigma, steps)]
 
     return {
-        "pg": lambda blur, b: gradient(pg, blur, b, sigma, STEPS["pg"]),
-        "pnp": images(plug_and_play(sigma, numbers), STEPS["pnp"]),
-        "pnp falling": lambda blur, b: falling(unit, blur, b, sigma),
-        **{name: images(weights.load(file), STEPS[name]) for name, file in NAMES.items()},  # type: ignore[arg-type]
+        "pg": lambda blur, b: gradient(alone, blur, b, sigma, STEPS["pg"]),
+        **{name: images(net, STEPS[name]) for name, net in found.items()},
+        **{name: images(net, net.depth + FURTHER) for name, net in trained.items()},
     }
 
 
@@ -121,53 +118,65 @@ def arrived(curve: list[float]) -> int:
     return next(k for k, value in enumerate(curve) if value >= max(curve) - WITHIN)
 
 
+def colour(method: Method, truth: Tensor, kernel: Tensor, sigma: float, last: int) -> list[float]:
+    """PSNR of each picture of ``truth`` ``(B, 3, H, W)`` after ``last`` iterations, a channel at a time."""
+    blur, b = observe(truth.reshape(-1, 1, *truth.shape[-2:]), kernel, sigma)
+    return psnr(method(blur, b)[last].reshape(truth.shape).clamp(0, 1), truth).tolist()
+
+
+def gray(method: Method, truth: Tensor, kernels: list[Tensor], sigma: float) -> tuple[Tensor, float]:
+    """PSNR ``(kernels, iterations, images)`` of gray pictures, and the processor's seconds for an iteration."""
+    scores, spent = [], 0.0
+    for kernel in kernels:
+        blur, b = observe(truth, kernel, sigma)
+        begun = time.process_time()
+        outputs = method(blur, b)
+        spent += time.process_time() - begun
+        scores.append(torch.stack([psnr(v.clamp(0, 1), truth) for v in outputs]))
+    return torch.stack(scores), spent / len(kernels) / (len(outputs) - 1)
+
+
 def run(progress: bool = False) -> dict[str, Any]:
-    """PSNR of set3c in colour by iteration, method, noise level and kernel; seconds; the iterations beyond training."""
+    """PSNR on set3c by method and noise level: in colour for one kernel, in gray for all, by iteration and in seconds."""
     from tqdm import tqdm
 
     clock, kernels = time.monotonic(), data.levin_kernels()
-    truth = torch.cat(data.images("set3c", gray=False))  # (3, 3, H, W)
-    planes = truth.reshape(-1, 1, *truth.shape[-2:])
-    rows, curves, numbers = [], {}, {}
+    vivid, plain = (torch.cat(data.images("set3c", gray=flag)) for flag in (False, True))
+    rows: list[dict[str, Any]] = []
+    curves, numbers = {}, {}
     for sigma in NOISE:
         numbers[f"{sigma:g}"] = tuned(sigma)
         table = methods(sigma, numbers[f"{sigma:g}"])
         for name, method in tqdm(table.items(), desc=f"{sigma:.0%} noise", disable=not progress):
-            scores, spent = [], 0.0
-            for kernel in kernels:
-                blur, b = observe(planes, kernel, sigma)
-                begun = time.process_time()
-                outputs = method(blur, b)
-                spent += time.process_time() - begun
-                scores.append(torch.stack([psnr(v.reshape(truth.shape).clamp(0, 1), truth) for v in outputs]))
-            by = torch.stack(scores)  # (kernels, iterations, images)
-            curve = by.mean((0, 2)).tolist()
             last = _depth(name)
-            each = spent / len(kernels) / (by.shape[1] - 1)
+            six = colour(method, vivid, kernels[KERNEL], sigma, last)
+            by, each = gray(method, plain, kernels, sigma)
+            curve = by.mean((0, 2)).tolist()
             rows.append({
                 "method": name,
                 "noise": sigma,
                 "iterations": last,
-                **{image: round(v, 2) for image, v in zip(IMAGES, by[KERNEL, last].tolist(), strict=True)},
-                "mean_over_kernels": round(curve[last], 2),
-                "by_kernel": [round(v, 2) for v in by[:, last].mean(1).tolist()],
+                **{image: round(value, 2) for image, value in zip(IMAGES, six, strict=True)},
+                "paper": TABLE_6[PRINTED[name]][3 * NOISE.index(sigma) :][:3] if name in PRINTED else None,
+                "gray_all_kernels": round(curve[last], 2),
                 "best_over_iterations": round(max(curve), 2),
                 "arrives_after": arrived(curve),
                 "seconds_per_iteration": round(each, 3),
                 "seconds_to_arrive": round(each * arrived(curve), 2),
             })  # fmt: skip
-            curves[f"{name}, {sigma:g}"] = [round(v, 3) for v in curve]
+            curves[f"{name}, {sigma:g}"] = [round(value, 3) for value in curve]
     record = {
-        "claim": "set3c in colour, circular blur, Gaussian noise: PSNR in dB for Levin's second kernel, and the mean over "
-        f"all eight; arrives_after: iterations until within {WITHIN} dB of the method's best mean",
+        "claim": "set3c, circular blur, Gaussian noise, PSNR in dB: the pictures in colour with Levin's second kernel, "
+        "their mean in gray with all eight; arrives_after: iterations until a method's gray mean is within "
+        f"{WITHIN} dB of its best; seconds of one core for the three gray pictures",
         "rows": rows,
-        "paper": {
+        "table_6": {
             name: dict(zip([f"{image}, {s:g}" for s in NOISE for image in IMAGES], v, strict=True))
-            for name, v in PAPER.items()
+            for name, v in TABLE_6.items()
         },
         "figure_9": curves,
         "hodl_minus_pnp": margins(rows, curves),
-        "beyond_training": [beyond(name, planes, truth, kernels[KERNEL], numbers) for name in ("pnp", *NAMES)],
+        "beyond_training": [beyond(name, plain, kernels[KERNEL], numbers) for name in ("pnp, constant", *NAMES)],
         "tuned": numbers,
         "lipschitz_bounds": {name: weights.card(file).get("lipschitz_bound") for name, file in NAMES.items()},
         "why_they_differ": "the paper's network has about fifty times as many weights, sees colour and learned from 8794 "
@@ -183,36 +192,39 @@ def _depth(name: str) -> int:
 
 
 def margins(rows: list[dict[str, Any]], curves: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """HODL at its depth against the same network plug-and-play, each noise level: dB, iterations, seconds."""
+    """HODL at its depth against the same network plug-and-play, each noise level: dB, and iterations."""
     found = []
     for sigma in NOISE:
         row = {r["method"]: r for r in rows if r["noise"] == sigma}
-        target = max(curves[f"pnp, {sigma:g}"])
-        reach = next((k for k, v in enumerate(curves[f"hodl, {sigma:g}"]) if v >= target), None)
+        curve, target = curves[f"hodl, {sigma:g}"], max(curves[f"pnp, 20 steps, {sigma:g}"])
         found.append({
             "noise": sigma,
             **{image: round(row["hodl"][image] - row["pnp"][image], 2) for image in IMAGES},
-            "mean_over_kernels": round(row["hodl"]["mean_over_kernels"] - row["pnp"]["mean_over_kernels"], 2),
-            "over_pnp_falling": round(row["hodl"]["mean_over_kernels"] - row["pnp falling"]["mean_over_kernels"], 2),
-            "pnp_arrives_after": row["pnp"]["arrives_after"],
-            "hodl_reaches_the_best_of_pnp_after": reach,
+            **{f"gray_over_{other.replace(', ', '_').replace(' ', '_')}":
+                   round(row["hodl"]["gray_all_kernels"] - r["gray_all_kernels"], 2)
+               for other, r in row.items() if other != "hodl"},
+            "iterations_to_reach_the_best_of_pnp_in_20_steps": next((k for k, v in enumerate(curve) if v >= target), None),
         })  # fmt: skip
     return found
 
 
-def beyond(name: str, planes: Tensor, truth: Tensor, kernel: Tensor, numbers: dict[str, Any]) -> dict[str, Any]:
-    """`BEYOND` times the depth at 1% noise: PSNR and the relative move, at the depth and at the end."""
+def beyond(name: str, truth: Tensor, kernel: Tensor, numbers: dict[str, Any]) -> dict[str, Any]:
+    """`BEYOND` times the depth at 1% noise, gray, one kernel: PSNR and the relative move, at the depth and at the end.
+
+    ``largest_ratio_of_moves`` is that of moves of one and the same T, from the depth on.
+    """
     sigma, depth = NOISE[0], _depth("hodl")
-    net: Any = plug_and_play(sigma, numbers[f"{sigma:g}"]) if name == "pnp" else weights.load(NAMES[name])
-    found = path(net, *observe(planes, kernel, sigma), sigma, BEYOND * depth)
-    moves = [((u - old) / old.norm()).norm().item() for (old, _), (u, _) in zip(found, found[1:], strict=False)]
-    score = lambda v: round(psnr(v.reshape(truth.shape).clamp(0, 1), truth).mean().item(), 2)  # noqa: E731
+    net: Any = weights.load(NAMES[name]) if name in NAMES else plugs(numbers[f"{sigma:g}"])[name]
+    found = path(net, *observe(truth, kernel, sigma), sigma, BEYOND * depth)
+    moves = [((u - old).norm() / old.norm()).item() for (old, _), (u, _) in zip(found, found[1:], strict=False)]
+    ratios = [after / before for before, after in zip(moves[depth:], moves[depth + 1 :], strict=False)]
+    at, end = (round(psnr(v.clamp(0, 1), truth).mean().item(), 2) for v in (found[depth][1], found[-1][1]))
     return {
         "method": name,
         "depth": depth,
-        "psnr_at_depth": score(found[depth][1]),
-        f"psnr_at_{BEYOND}_times": score(found[-1][1]),
+        "psnr_at_depth": at,
+        f"psnr_at_{BEYOND}_times": end,
         "move_at_depth": float(f"{moves[depth - 1]:.2g}"),
         f"move_at_{BEYOND}_times": float(f"{moves[-1]:.2g}"),
-        "largest_ratio_of_moves": round(max(b / a for a, b in zip(moves, moves[1:], strict=False)), 3),
+        "largest_ratio_of_moves": round(max(ratios), 3),
     }

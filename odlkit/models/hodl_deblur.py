@@ -125,11 +125,11 @@ class Iteration:
         return state.next(self.T(state.x, None, state.k)), {}
 
 
-def plugged(unit: UNet, **start: Any) -> Deconvolution:
+def plugged(unit: UNet, depth: int = 7, **start: Any) -> Deconvolution:
     """A trained denoiser, plug-and-play in the same T, with the numbers of ``start`` as in `Deconvolution`.
 
     Source: HODL section 4.3, the networks trained beforehand of ENA.
     """
-    net = Deconvolution(unit.config, start=start).to(unit.head.weight)
+    net = Deconvolution(unit.config, depth, start=start).to(unit.head.weight)
     net.unit.load_state_dict(unit.state_dict())
     return net.eval().requires_grad_(False)

@@ -24,23 +24,24 @@ NAMES = {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive"}
 def iterated(
     net: Deconvolution, z: Tensor, blur: Blur, sigma: float, steps: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Result]:
-    """Run T from the data, as often as in training or ``steps`` times: ``D_net(u^K)`` and the run."""
+    """Run T as often as in training or ``steps`` times: ``D_net(u^K)`` and the run."""
     level = torch.full((len(z), 1, 1, 1), sigma).to(z)
-    problem, step = Problem(LeastSquares(blur, z, 2.0)), Iteration(net.map(blur, z, level))
-    result = propagate(step, problem, z, steps=steps or net.depth, progress=progress)
-    return net.denoise(result.x, level), result
+    T, start = net.map(blur, z, level)
+    problem = Problem(LeastSquares(blur, z, 2.0))
+    result = propagate(Iteration(T), problem, start, steps=steps or net.depth, progress=progress)
+    return net.denoise(result.x, level, result.iterations), result
 
 
 def hodl(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
-    """HODL with a network whose Lipschitz constant nothing bounds usefully: no theorem, the moves as measured."""
+    """HODL with a network whose Lipschitz constant nothing holds to 1: no theorem."""
     net: Any = weights.load(NAMES["hodl"]).to(z)
     x, result = iterated(net, z, blur, sigma, steps, progress)
     words = {
         "guarantee": "none",
-        "statement": "trained hierarchically, the network's Lipschitz constant is not bounded by 1: no theorem",
+        "statement": "trained hierarchically; nothing holds the network's Lipschitz constant to 1, so no theorem applies",
         "holds": None,
     }
-    return Outcome(x, result, words | {"largest_ratio_of_moves": growth(result)})
+    return Outcome(x, result, words)
 
 
 def nonexpansive(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:

@@ -88,12 +88,17 @@ def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run
     return fit(net, loss, validate=validate, **run)
 
 
-def deblur(out: Path, resume: bool = False, steps: int = 2600) -> None:
-    """Hierarchical training from the denoiser's weights; nothing bounds the network's Lipschitz constant."""
+def deblur(out: Path, resume: bool = False, steps: int = 1800, slow: tuple[int, int] = (2600, 1000)) -> None:
+    """Hierarchical training from the denoiser's weights; nothing bounds the network's Lipschitz constant.
+
+    The rate falls along a cosine of 2600 steps for the first 1000, and from there along one of 1800.
+    """
     unit: Any = denoiser(out, resume=True).units[0]
     net = Deconvolution(unit.config)
     net.unit.load_state_dict(unit.state_dict())
-    record = fit_hierarchically(net, steps=steps, lr=5e-4, out=out, name="hodl-deblur", resume=resume)
+    run: dict[str, Any] = {"lr": 5e-4, "out": out, "name": "hodl-deblur"}
+    fit_hierarchically(net, steps=slow[0], stop=slow[1], resume=resume, **run)
+    record = fit_hierarchically(net, steps=steps, resume=True, **run)
     finish(net, out, "hodl-deblur", record, "free network, trained first as hodl-denoiser")
 
 
