@@ -395,6 +395,21 @@ def test_the_error_estimate_in_single_precision(make):
         assert true > 1e-5 and true / 10 <= result.error <= 10 * true
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_error_estimate_does_not_depend_on_the_units_of_the_loss(scale):
+    problem = ridge(lambda x: x.double())
+    loss = problem.step.loss
+    plain = run(problem, Unrolled(), steps=9, error=True)
+    problem.step = descent(lambda u, p: scale * loss(u, p), problem.step.step_size / scale)
+    scaled = run(problem, Unrolled(), steps=9, error=True)
+    assert scaled.error == pytest.approx(plain.error, rel=1e-3) and plain.error > 1e-3
+
+
+def test_the_error_estimate_at_round_off_is_round_off(make):
+    result = run(make(lambda x: x.double()), Implicit("gmres", tol=1e-13), steps=2000, error=True)
+    assert 1e-15 < result.error < 1e-10
+
+
 def test_no_error_where_nobody_asked():
     assert run(ridge(lambda x: x.double()), Unrolled()).error is None
 

@@ -114,7 +114,7 @@ def hypergradient(
             raise LowerLevelError(text, Status.NOT_FINITE, tape.k, "hypergradient")
         if error:
             result.error = math.inf
-            result.error = estimate(lower, way, tape, gradient, adjoint)
+            result.error = estimate(lower, way, tape, residual, gradient, adjoint)
     except LowerLevelError as failure:
         result.status, result.failure, failure.result = failure.status, str(failure), result
         if strict:
@@ -167,7 +167,7 @@ def check_adjoint(way: Implicit, adjoint: Solve, k: int) -> None:
     raise LowerLevelError(text, adjoint.status, adjoint.iterations, "adjoint residual")
 
 
-def estimate(lower: Lower, way: Way, tape: Tape, gradient: Leaves, adjoint: Solve | None) -> float:
+def estimate(lower: Lower, way: Way, tape: Tape, residual: float, gradient: Leaves, adjoint: Solve | None) -> float:
     """The relative error of ``gradient``: its distance to the implicit gradient at a Newton-corrected inner point.
 
     ``e = (I - dT/du)^{-1} (T(u^K) - u^K)``,  ``g' = `` the implicit gradient at ``u^K + e`` with a tight adjoint solve,
@@ -175,9 +175,10 @@ def estimate(lower: Lower, way: Way, tape: Tape, gradient: Leaves, adjoint: Solv
     hypergradient than ``g`` is; it is repeated until the residual has fallen to a twentieth.
 
     Costs two or more linear solves, by CG for a `descent` or where the way is CG, else by GMRES: some tens of products with
-    ``dT/du``, each about two steps (CG) or four (GMRES), at the memory of one step.  Not to be trusted below round-off
-    (``1e-5`` in float32), nor where ``T`` has kinks between ``u^K`` and its fixed point, nor where there are several fixed
-    points.  Where ``I - dT/du`` is singular, or Newton's method comes no nearer, it raises `LowerLevelError`.
+    ``dT/du``, each about two steps (CG) or four (GMRES), at the memory of one step.  Not to be trusted near round-off (below
+    ``1e-5`` in float32; ``10 eps`` is the least that is returned), nor where ``T`` has kinks between ``u^K`` and its fixed
+    point, nor where there are several fixed points.  Where ``I - dT/du`` is singular, or Newton's method comes no nearer, it
+    raises `LowerLevelError`.
     """
     hessian = isinstance(lower.step, descent)
     symmetric = hessian or (isinstance(way, Implicit) and way.solver == "cg")
@@ -191,7 +192,8 @@ def estimate(lower: Lower, way: Way, tape: Tape, gradient: Leaves, adjoint: Solv
         point = Linearised(lower, u, tape.k, hessian)
         minus = -ravel([leaf.detach() for leaf in point.F])
         norms.append(size(minus))
-        if norms[-1] <= max(0.05 * norms[0] if u is not tape.u else 0.0, 10 * eps * size(ravel(u))):
+        near = 0.05 if len(norms) > 1 else 0.0
+        if norms[-1] <= norms[0] * max(near, 10 * eps / max(residual, eps)):  # the second: u is exact to round-off
             break
         if len(norms) > 5 or not norms[-1] <= min(norms):
             raise failed(f"Newton's method goes from residual {norms[0]:.1e} to {norms[-1]:.1e}", Status.DIVERGED)
@@ -205,4 +207,4 @@ def estimate(lower: Lower, way: Way, tape: Tape, gradient: Leaves, adjoint: Solv
     if not v.residual <= math.sqrt(eps):
         raise failed(f"the adjoint system, by {solver}: {v.status}, residual {v.residual:.1e}", v.status)
     exact = ravel([a + b for a, b in zip(direct, point.to_params(v.value), strict=True)])
-    return size(ravel(gradient) - exact) / max(size(exact), sys.float_info.min)
+    return max(size(ravel(gradient) - exact) / max(size(exact), sys.float_info.min), 10 * eps)

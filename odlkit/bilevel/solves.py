@@ -98,7 +98,8 @@ def conjugate_gradient(A: Product, b: Tensor, x: Tensor | None, tol: float, max_
 def fixed_point(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int) -> Solve:
     """``x <- x + (b - A x)``, from ``x``; converges when ``I - A`` has spectral radius below 1.
 
-    The residual obeys ``r <- (I - A) r``, so that it needs no product of its own.
+    From zero these are the partial sums of the Neumann series ``sum_j (I - A)^j b``.  The residual obeys ``r <- (I - A) r``,
+    so that it needs no product of its own.
     """
     x, r, used = begin(A, b, x)
     norm, first, status, flat = size(r), size(r), Status.STEP_LIMIT, 1 - 10 * torch.finfo(b.dtype).eps
@@ -117,11 +118,6 @@ def fixed_point(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: i
             status = Status.STAGNATED
             break
     return Solve(x, status, norm, used)
-
-
-def neumann(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int) -> Solve:
-    """The Neumann series ``sum_j (I - A)^j b`` of at most ``max_iter`` terms: `fixed_point` from zero, whatever ``x`` is."""
-    return fixed_point(A, b, None, tol, max_iter)
 
 
 def gmres(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int, restart: int = 50) -> Solve:
@@ -159,7 +155,7 @@ def gmres(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int, re
     return Solve(x, status, norm, used)
 
 
-SOLVERS = {"cg": conjugate_gradient, "neumann": neumann, "gmres": gmres, "fixed point": fixed_point}
+SOLVERS = {"cg": conjugate_gradient, "neumann": fixed_point, "gmres": gmres, "fixed point": fixed_point}
 
 
 def solve(solver: str, A: Product, b: Tensor, x: Tensor | None = None, *, tol: float = 1e-6, max_iter: int = 500) -> Solve:
@@ -167,7 +163,7 @@ def solve(solver: str, A: Product, b: Tensor, x: Tensor | None = None, *, tol: f
     scale = size(b)
     if scale == 0 or not math.isfinite(scale):
         return Solve(torch.zeros_like(b), Status.CONVERGED if scale == 0 else Status.NOT_FINITE, scale, 0)
-    x = None if x is None else x / scale
+    x = None if x is None or solver == "neumann" else x / scale  # the series starts from zero
     found = SOLVERS[solver](A, b / scale, x, max(tol, torch.finfo(b.dtype).eps), max_iter)
     found.value = found.value * scale
     return found

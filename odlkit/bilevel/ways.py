@@ -133,7 +133,7 @@ class Unrolled:
     ``memory="full"`` keeps the graph of all steps, as fast as a bare loop.  ``"checkpointed"`` keeps each
     ``ceil(sqrt(K))``-th iterate and rebuilds one segment's graph at a time: memory ``O(sqrt(K))``.  ``"rebuilt"`` keeps all
     iterates and rebuilds one step's graph at a time: K copies of ``u`` and one step.  These two run the steps twice, so
-    ``step`` must be a function: no dropout, no generator that moves on.
+    ``step`` must be a function: no dropout, no generator that moves on.  Source: Franceschi et al., ICML 2017.
     """
 
     memory: str = "full"
@@ -178,6 +178,7 @@ class Truncated:
 
     The first ``K - window`` steps run without a graph.  The bias stays when K grows: it is that of a Neumann series of
     ``window`` terms.  With a lower tolerance, where K is not known in advance, iterates are kept and the window is rebuilt.
+    Source: Shaban et al., AISTATS 2019.
     """
 
     window: int
@@ -243,7 +244,7 @@ class Implicit:
     other map is tested with a random pair.  ``"neumann"`` and ``"fixed point"`` need a contraction (the first sums at most
     ``max_iter`` terms from zero, the second starts from ``warm``); ``"gmres"`` an invertible matrix.  Stops at a relative
     residual ``tol``, and missing it in ``max_iter`` iterations is a failure; ``tol=0`` takes all iterations and asks for
-    nothing.  Memory: one step, whatever K.
+    nothing.  Memory: one step, whatever K.  Source: Pedregosa, ICML 2016 (CG); Lorraine et al., AISTATS 2020 (Neumann).
     """
 
     solver: str = "cg"
