@@ -14,6 +14,8 @@ RECIPES = {
     "gdc-deblur-gc": "odlkit.training.gdc:deblur_gc",
     "gdc-deblur-gdc": "odlkit.training.gdc:deblur_gdc",
     "gdc-inpaint": "odlkit.training.gdc:inpaint",
+    "dgunet-cs-10": "odlkit.training.dgunet:sensing_10",
+    "dgunet-cs-25": "odlkit.training.dgunet:sensing_25",
     "hodl-denoiser": "odlkit.training.hodl:denoiser",
     "hodl-deblur": "odlkit.training.hodl:deblur",
     "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",
