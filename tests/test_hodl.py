@@ -411,7 +411,7 @@ def quadratic(h: Tensor):
 
 
 @pytest.mark.parametrize("share, factor", [(0.99, 0.9901), (1.99, 0.99), (2.01, 1.01), (3.0, 2.0)])
-def test_the_outer_move_is_non_expansive_up_to_twice_the_step_of_theorem_3_1(share, factor):
+def test_the_outer_move_is_non_expansive_up_to_twice_the_printed_step(share, factor):
     """``I - s G^-1 H`` with H = I, G = diag(1, 100).  Eq: HODL (4), Theorem 3.1."""
     metric = Diagonal(torch.tensor([1.0, 100.0]).double())
     move = hodl.aggregated(linear(0 * EYE), quadratic(EYE), metric, 0.5, lambda k: share * metric.least)

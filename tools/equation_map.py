@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PAPERS = ("PADNet", "PODM", "GDC", "DGUNet", "HODL")
-KINDS = "Algorithm|Condition|Definition|Figure|Lemma|Proposition|Table|Theorem"
-TOKEN = re.compile(rf"\b({'|'.join(PAPERS)})\b|(\(\d+\w?\))|\b((?:{KINDS}) \d+)\b")
+KINDS = "Algorithm|Assumption|Condition|Definition|Figure|Lemma|Proposition|Table|Theorem"
+TOKEN = re.compile(rf"\b({'|'.join(PAPERS)})\b|(\(\d+\w?\))|\b((?:{KINDS}) \d+(?:\.\d+)?)\b")
 IN_NAME = re.compile(rf"(?:^|_)(eq|{KINDS.lower()})_(\d+)(?=_|$)")
 REGISTER = "book/data/equations.yml"
 
