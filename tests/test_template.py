@@ -28,6 +28,11 @@ ALLOWED = {
     ("median", "padnet/padnet"): (8, "the lines of an algorithm stay together, in the paper's order"),
     ("median", "podm/podm"): (9, "a cell is one module or one experiment, with its assertion"),
     ("median", "gdc/controls"): (8, "a cell is an algorithm in its own lines, or one experiment with its verdict"),
+    ("median", "gdc/training"): (10, "a cell is a loop to be trained, or one experiment with its verdict"),
+    ("median", "gdc/tasks"): (8, "a cell is one task's run, or one comparison with its verdict"),
+    ("cells", "gdc/training"): (20, "a cascade is written, differentiated, trained, and taken apart"),
+    ("median", "hodl/one-problem"): (9, "a cell is one map, its training, or one experiment with its verdict"),
+    ("median", "hodl/hypergradients"): (10, "a cell is one way in full, with the assertion that it equals odlkit's"),
     ("cells", "foundations/inverse-problems"): (19, "four operators and three runs, in short cells"),
 }
 MARKS = {"certificate": "asserts what the theory promises", "control": "breaks a hypothesis and fails"}
