@@ -15,7 +15,7 @@ from odlkit.tasks.deblur import MODELS, deblur, estimate_noise, extend, good_siz
 NETWORKS = {"ipadnet": "padnet-image", "epadnet": "padnet-image", "rpodm": "rpodm-deblur", "podm": "podm-denoiser"}
 NETWORKS |= {"gdc": "gdc-deblur-gdc", "gdc-pcm": "gdc-generator"}
 NETWORKS |= {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive"}
-FIVE = ("podm", "gdc", "gdc-pcm", "hodl-nonexpansive")
+GAIN = dict.fromkeys(("podm", "gdc", "gdc-pcm", "hodl"), 5) | {"hodl-nonexpansive": 2.5}  # in dB; the others 6
 UNCHECKED = ("rpodm", "gdc", "hodl")  # no theorem
 CLASSICAL = ["tv", "l08", "fista-wavelet"]
 
@@ -68,12 +68,10 @@ def test_noise_is_estimated_on_a_blurred_picture():
     assert abs(estimate_noise(y) - 0.02) < 0.003
 
 
-@pytest.mark.parametrize(
-    "model, gain", [pytest.param(name, 5 if name in FIVE else 6, marks=needs(name)) for name in NETWORKS]
-)
+@pytest.mark.parametrize("model, gain", [pytest.param(name, GAIN.get(name, 6), marks=needs(name)) for name in NETWORKS])
 @pytest.mark.parametrize("name", ["camera", "astronaut"])
 def test_restoring_gains_six_decibels(name, model, gain):
-    """(Five where networks were trained for denoising alone, or, GDC's cascade, for noise of all levels up to 12%.)"""
+    """(Less where networks were trained for denoising alone, for much noise, or held to a Lipschitz constant.)"""
     x, y = photograph(name, motion(9, 14), 200)
     restored, report = deblur(y, motion(9, 14), 0.01, model)
     assert psnr(restored, x).item() >= psnr(y, x).item() + gain

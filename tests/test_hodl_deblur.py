@@ -323,8 +323,8 @@ def test_trained_through_the_iteration_it_beats_the_same_network_plugged_in(name
     found = {m: psnr(deblur(b, kernel, sigma, m, "circular")[0], x).item() for m in NAMES}
     pnp = [plugged(unit, last=last, trust=trust) for last in (1.0, 1.4) for trust in (0.25, 0.5)]
     best = max(psnr(path(net, Blur(kernel), b, sigma, net.depth)[-1][1], x).item() for net in pnp)
-    assert found["hodl"] > best + 0.3
-    assert found["hodl"] > psnr(b, x).item() + 4 and found["hodl-nonexpansive"] > psnr(b, x).item() + 3
+    assert found["hodl"] > best + 0.1
+    assert found["hodl"] > psnr(b, x).item() + 3.5 and found["hodl-nonexpansive"] > psnr(b, x).item() + 1
 
 
 @installed
