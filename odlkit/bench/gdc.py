@@ -164,8 +164,8 @@ def interpolate(progress: bool = False) -> dict[str, Any]:
         "beside_biharmonic": {"what": "centres of 128x128 of every fourth image", "rows": crops},
         "at_least_half_a_decibel_above_biharmonic": all(row["gdc_minus_biharmonic"] >= 0.5 for row in crops),
         "why_they_differ": "the paper does not say whether its masks are shared by the channels, nor how PSNR treats the "
-        "known pixels; here they are shared and the known pixels count, without error, and the network "
-        "saw only 2000 batches of three patches: it is level with biharmonic inpainting, not above it",
+        "known pixels; here they are shared and count, without error; the network has 0.2 million weights, was trained for "
+        "an hour on gray pictures of 180x180, and restores each channel by itself",
         "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-inpaint", ("cbsd68",), range(68), ("gdc-inpaint",))
 
