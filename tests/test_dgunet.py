@@ -49,6 +49,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 def test_the_known_gradient_step_is_the_proximal_gradient_step_without_a_prior():
+    """Eq: DGUNet (6)."""
     blur, x = Blur(kernel()), torch.rand(2, 1, 16, 16, dtype=torch.float64)
     y = blur.A(torch.rand(2, 1, 16, 16, dtype=torch.float64))
     step = GradientStep(1, known=True).double()
@@ -98,6 +99,7 @@ def test_any_size_goes_through(name, size):
 
 @pytest.mark.parametrize("operator", [Blur(kernel().float()), Mask((torch.rand(1, 1, 24, 16) > 0.3).float())])
 def test_every_operator_can_be_the_known_one(operator):
+    """Eq: DGUNet (9), Algorithm 1."""
     net = small(channels=1, known=True)
     y = operator.A(torch.rand(2, 1, 24, 16))
     images = net(y, operator)
@@ -138,6 +140,7 @@ def test_projection_is_the_orthogonal_one_where_the_maps_are_independent():
 
 
 def test_fusion_as_the_text_has_it():
+    """Eq: DGUNet (8)."""
     torch.manual_seed(0)
     fuse = Fusion(4, 3, text=True)
     f, e, d = torch.randn(1, 4, 5, 5), torch.randn(1, 4, 5, 5), torch.randn(1, 3, 5, 5)
@@ -146,6 +149,7 @@ def test_fusion_as_the_text_has_it():
 
 
 def test_learned_maps_are_no_adjoints():
+    """Eq: DGUNet (7)."""
     torch.manual_seed(0)
     a, b = LearnedMap(1).double(), LearnedMap(1).double()
     x, y = torch.randn(2, 1, 1, 8, 8, dtype=torch.float64)
@@ -164,6 +168,12 @@ def test_sensing_starts_with_orthonormal_rows_and_trains_its_matrix():
     assert images[-1].shape == x.shape
     all_stages(images, x).backward()
     assert bool(net.phi.grad.abs().sum() > 0)
+
+
+def test_the_loss_counts_every_stage():
+    """Eq: DGUNet (10), as a mean."""
+    x, images = torch.zeros(2, 1, 3, 3), [torch.full((2, 1, 3, 3), v) for v in (1.0, 2.0)]
+    assert all_stages(images, x).item() == pytest.approx(2.5)
 
 
 def test_what_does_not_fit_is_refused():
