@@ -161,7 +161,7 @@ def cubic() -> Case:
 @cache
 def scalar() -> Case:
     """``D(u) = 0.8 tanh u + w``, ``l = (u - 1)^2 / 2 + w^2 / 20``, w in [-2, 2]: smooth and contractive."""
-    w = column(torch.linspace(-2, 2, 40))
+    w = column(torch.linspace(-2, 2, 41))
     case = Case("scalar tanh", lambda u, w, k: 0.8 * u.tanh() + w, lambda u, w: (u[:, 0] - 1) ** 2 / 2 + w[:, 0] ** 2 / 20,
                 w, torch.zeros_like(w), w, contraction=0.8)  # fmt: skip
     case = replace(case, best=settle(case, 1000))
@@ -457,7 +457,7 @@ def derivative_checks(case: Case, run: dict[str, Tensor], mu: float, tol: float 
     q = mu + (1 - mu) * (1 - case.alpha * (1 - case.contraction))
     bend = case.bend if case.bend is not None else torch.zeros_like(run["norm"])
     near, turned = run["distance"], run["derivative"]
-    floor, steep = slack * (near[:-1] + run["norm"]), slack * (turned[:-1] + run["slope"])
+    floor, steep = slack * (near[:-1] + run["norm"].amax()), slack * (turned[:-1] + run["slope"])
     room = (tol * run["gap"][0].abs().amax() + slack * run["exact"].abs().amax())[None, None]
     return [
         inequality("contraction", near[1:], q * near[:-1] + run["pull"], floor),
@@ -594,7 +594,7 @@ def proposition_3_1() -> dict:
     Eq: HODL Proposition 3.1, (5).
     """
     rows = []
-    for case, steps in ((cubic(), 2000), (wavelet_deblurring(), 200), (scalar(), 100)):
+    for case, steps in ((cubic(), 3000), (wavelet_deblurring(), 200), (scalar(), 100)):
         run = play(case, 0.0, steps)
         rows.append(line(case, 0.0, [*theorem_3_1_checks(case, run, 0.0), *value_bound(case, run)], steps))
     rows += smooth_rows([(scalar(), 0.0, 100), (conjugated_network(), 0.0, 100), (smooth_deblurring(), 0.0, 100)])
