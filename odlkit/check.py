@@ -727,7 +727,7 @@ def hyper_2(exact):
 
 @exercise
 def lambda_1(slope):
-    """``slope(M, P, b, x, w)``: derivative in w of ``||u - x||^2 / 2``, ``(M + e^w P) u = b``; a tensor without dimensions."""
+    """``slope(M, P, b, x, w)``: derivative in w of ``||u - x||^2 / 2``, ``(M + e^w P) u = b``; like ``w``."""
     for randn in draws():
         J, K, b, x, w = randn(8, 6), randn(7, 6), randn(6), randn(6), randn(1)[0]
         M, P = J.T @ J, K.T @ K
@@ -743,7 +743,7 @@ def lambda_1(slope):
 
 @exercise
 def lambda_2(tolerance):
-    """``tolerance(epsilon, gap, N, mu)``: the largest gradient norm for which the bound proves ``|l(u) - phi| <= epsilon``."""
+    """``tolerance(epsilon, gap, N, mu)``: the largest gradient norm at which the bound is at most epsilon."""
     for randn in draws():
         for epsilon, gap, N, mu in (randn(30, 4).abs() + 0.05).tolist():
             got = tolerance(epsilon, gap, N, mu)
@@ -751,3 +751,32 @@ def lambda_2(tolerance):
             bound, case = (2 * gap * e + e * e) / N, f"epsilon {epsilon:.2f}, gap {gap:.2f}, N {N:.2f}, mu {mu:.2f}"
             yield "proves it", bound <= epsilon * (1 + 1e-9), f"{case}: the bound is {bound:.3f}; mind its square."
             yield "largest", bound >= epsilon * (1 - 1e-6), f"{case}: the bound is {bound:.3f}, more is allowed."
+
+
+@exercise
+def hthm_1(constant):
+    """``constant(residual)``: the least C of HODL's Theorem 3.1 for squared residuals ``(K + 1, B)``, one number."""
+    for randn in draws():
+        k = torch.arange(1, 40, dtype=torch.float64)[:, None]
+        bound, scale = (1 + (1 + k).log()).sqrt() / k**0.25, randn(5).abs() + 0.1
+        exact = torch.cat([scale[None], scale * bound])
+        got = torch.as_tensor(constant(exact))
+        yield "one number", got.numel() == 1, "One C has to do for all omega: take the largest."
+        yield "attained", abs(got.item() - scale.max().item()) < 1e-9, "Here every residual of the worst omega meets its bound."
+        early = exact.clone()
+        early[0] *= 1e6
+        yield "begins at 1", abs(float(constant(early)) - scale.max().item()) < 1e-9, "Row 0 is the start, before any step."
+        noisy = exact * randn(40, 5).abs()
+        quotient = (noisy[1:] / bound).max().item()
+        yield "every step", abs(float(constant(noisy)) - quotient) < 1e-9 * quotient, "The worst step may be any."
+
+
+@exercise
+def hthm_2(factor):
+    """``factor(alpha, rho, mu)``: by what a step of aHODL contracts if D contracts by rho and the upper slope is 0 at p."""
+    for randn in draws():
+        for alpha, rho, mu in torch.sigmoid(randn(30, 3)).tolist():
+            q, attained = factor(alpha, rho, mu), mu + (1 - mu) * (1 + alpha * (rho - 1))  # D = rho I, constant loss
+            case = f"alpha {alpha:.2f}, rho {rho:.2f}, mu {mu:.2f}"
+            yield "proved", q >= attained - 1e-9, f"{case}: D = rho I contracts by {attained:.3f} only. What does mu do?"
+            yield "best", q <= attained + 1e-9, f"{case}: a smaller factor is proved."

@@ -35,7 +35,7 @@ def test_every_checker_has_an_exercise_and_every_chapter_two():
     checkers = {name for name, value in vars(check).items() if hasattr(value, "__wrapped__")}
     assert checkers == {e.checker for e in KNOWN.values()}
     groups = [name.split("_")[0] for name in checkers]
-    assert len(set(groups)) == 17 and min(groups.count(g) for g in groups) >= 2
+    assert len(set(groups)) == 19 and min(groups.count(g) for g in groups) >= 2
     for name in checkers:
         assert re.match(r"``\w+\(.*\)``: ", getattr(check, name).__doc__), f"{name}: the docstring begins with the call"
 
@@ -209,6 +209,12 @@ MUTANTS = [
     ("lambda-ex-1", "return -q", "return -2 * q", "derivative"),
     ("lambda-ex-2", "- gap)", "+ gap)", "proves it"),
     ("lambda-ex-2", "return mu *", "return 0.5 * mu *", "largest"),
+    ("hthm-ex-1", ".max()", ".amax(0)", "one number"),
+    ("hthm-ex-1", "k**0.25", "k**0.5", "attained"),
+    ("hthm-ex-1", ").max()", ").max().maximum(residual[0].max())", "begins at 1"),
+    ("hthm-ex-1", ").max()", ")[-1].max()", "every step"),
+    ("hthm-ex-2", "return mu +", "return 0 * mu +", "proved"),
+    ("hthm-ex-2", "return mu + (1 - mu) * (1 - alpha * (1 - rho))", "return 1.0", "best"),
 ]  # fmt: skip
 
 
