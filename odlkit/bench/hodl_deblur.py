@@ -23,7 +23,8 @@ from odlkit.training.kernels import random_kernel
 
 NOISE, IMAGES, KERNEL = (0.01, 0.03), ("butterfly", "leaves", "starfish"), 1  # the second kernel, 17x17
 STEPS = {"pg": 100, "pnp": 7, "pnp, 20 steps": 20, "pnp, constant": 16}  # those trained: their depth
-LAST, TRUST, KAPPA = (0.7, 1.0, 1.4, 2.0, 2.8), (0.12, 0.25, 0.5, 1.0), (9.0, 18.0, 36.0, 72.0)  # what `tuned` tries
+FALLING, CONSTANT = (0.5, 0.7, 1.0, 1.4), (1.4, 2.0, 2.8, 4.0)  # what `tuned` tries: the last level by sigma, either way,
+TRUST, KAPPA = (0.12, 0.25, 0.5), (18.0, 36.0, 72.0)  # trust, and kappa by sigma^2
 FURTHER = 5  # iterations beyond the depth of training that Figure 9 shows
 WITHIN = 0.05  # dB: how near to its best a method has to be to have arrived
 BEYOND = 10  # times the depth of training
@@ -83,9 +84,10 @@ def tuned(sigma: float) -> dict[str, Any]:
     x = torch.cat(data.images("train400")[-12:])[..., :128, :128]
     blur, b = observe(x, torch.stack([random_kernel(torch.Generator().manual_seed(i)) for i in range(12)])[:, None], sigma)
     best: dict[str, Any] = {}
-    for name, first, steps in (("falling", START["first"], STEPS["pnp"]), ("constant", None, STEPS["pnp, constant"])):
+    ways = ("falling", START["first"], FALLING, STEPS["pnp"]), ("constant", None, CONSTANT, STEPS["pnp, constant"])
+    for name, first, levels, steps in ways:
         scores = {}
-        for last in LAST[:3] if first else LAST[2:]:
+        for last in levels:
             for trust in TRUST:
                 net = plugged(unit.units[0], STEPS["pnp"], first=first, last=last, trust=trust)
                 scores[last, trust] = psnr(path(net, blur, b, sigma, steps)[-1][1], x).mean().item()
@@ -211,14 +213,14 @@ def margins(rows: list[dict[str, Any]], curves: dict[str, list[float]]) -> list[
 def beyond(name: str, truth: Tensor, kernel: Tensor, numbers: dict[str, Any]) -> dict[str, Any]:
     """`BEYOND` times the depth at 1% noise, gray, one kernel: PSNR and the relative move, at the depth and at the end.
 
-    ``largest_ratio_of_moves`` is that of moves of one and the same T, from the depth on.
+    ``largest_ratio_of_moves`` is that of moves of one and the same T, from the depth on; double precision.
     """
     sigma, depth = NOISE[0], _depth("hodl")
     net: Any = weights.load(NAMES[name]) if name in NAMES else plugs(numbers[f"{sigma:g}"])[name]
-    found = path(net, *observe(truth, kernel, sigma), sigma, BEYOND * depth)
+    found = path(net.double(), *observe(truth.double(), kernel.double(), sigma), sigma, BEYOND * depth)
     moves = [((u - old).norm() / old.norm()).item() for (old, _), (u, _) in zip(found, found[1:], strict=False)]
     ratios = [after / before for before, after in zip(moves[depth:], moves[depth + 1 :], strict=False)]
-    at, end = (round(psnr(v.clamp(0, 1), truth).mean().item(), 2) for v in (found[depth][1], found[-1][1]))
+    at, end = (round(psnr(v.clamp(0, 1), truth.double()).mean().item(), 2) for v in (found[depth][1], found[-1][1]))
     return {
         "method": name,
         "depth": depth,
