@@ -29,7 +29,7 @@ class CascadeNet(nn.Module):
     (4) and ``prox_{phi / c}(u - grad f(u) / c)`` (6).  All stages share the networks G and d.  Each has its own noise
     level alpha, and gamma, s and c; these, and lambda, start at
 
-        alpha_t = first^(1 - t/T) last^(t/T), gamma_t = 2 (sigma / alpha_t)^2, s_t = step, c_t = 20, lambda = sigma^2
+        alpha_t = first^(1 - t/(T-1)) last^(t/(T-1)), gamma_t = 2 (sigma / alpha_t)^2, s_t = step, c_t = 20, lambda = sigma^2
 
     and are learned as factors ``exp(4 (a + b log10(sigma / 0.02)))``.  Untrained it is the greedy cascade.  ``last`` =
     None is sigma itself.  With ``guided`` G also sees a picture of one channel, such as the mask of an interpolation.  In

@@ -1,6 +1,6 @@
 """Recipes for GDC: its two networks greedily, then each scheme jointly through its cascade, for two tasks.
 
-Greedy, as section VII-D: the generative network removes noise of every level (one network that is told the level, where the
+Greedy, as section VI-D: the generative network removes noise of every level (one network that is told the level, where the
 paper has one for each small interval), the classifier tells noised from clean patches.  Joint: the networks of all stages,
 shared, and the stages' numbers together, with flips and quarter turns.  The rate falls along a cosine, not in steps.
 Data: train400 only, degraded at random.  No image of BSD68, CBSD68 or Levin and no benchmark kernel is seen.
