@@ -118,7 +118,8 @@ def learn_weights(
 
     ``images`` is ``(B, C, H, W)`` in [0, 1] or a list of one size; the data are ``A x + noise randn`` from ``seed``, or
     ``measured``.  ``regulariser`` and ``shared`` as in `Bands.of`.  ``start``: weights to begin with (default
-    ``noise^2 / mean |W_j x|``, those of a Laplace prior, divided by the coefficients a pixel).  ``validation`` is a pair
+    ``noise^2 / mean |W_j x|``, those of a Laplace prior, divided by the coefficients a pixel; for many
+    weights the best common one, learned first, is a start that cannot end above it).  ``validation`` is a pair
     (data, pictures).
 
     BFGS on the log-weights.  At each point the lower level and the adjoint are solved until the proved error of the
