@@ -599,7 +599,7 @@ def agg_1(aggregate):
 
 @exercise
 def agg_2(largest):
-    """``largest(gamma, L, network)``: the largest alpha with ``I + alpha (D - I)`` non-expansive for every L-smooth convex f."""
+    """``largest(gamma, L, network)``: the largest alpha with ``I + alpha (D - I)`` non-expansive, f convex, L-smooth."""
     for randn in draws():
         for L, share in (randn(20, 2).abs() + 0.05).tolist():
             gamma = min(share, 1.0) * 2 / L
@@ -631,10 +631,10 @@ def spc_2(least):
     for randn in draws():
         q, beta = randn(4, 7), randn(1).abs().item() + 0.1
         for joint in (False, True):
-            name, B = ("joint" if joint else "in u only"), torch.cat([q, torch.eye(4).double()], 1) if joint else q
+            name, B = ("jointly" if joint else "in u"), torch.cat([q, torch.eye(4).double()], 1) if joint else q
             rest = torch.linalg.eigvalsh(beta * B.mT @ B)[-1] - float(least(q, beta, joint))
-            yield f"{name}, enough", rest <= 1e-9, "The matrix has a negative eigenvalue."
-            yield f"{name}, least", rest >= -1e-9, "A smaller tau is enough."
+            yield f"enough {name}", rest <= 1e-9, "The matrix has a negative eigenvalue."
+            yield f"least {name}", rest >= -1e-9, "A smaller tau is enough."
 
 
 @exercise
@@ -762,7 +762,11 @@ def hthm_1(constant):
         exact = torch.cat([scale[None], scale * bound])
         got = torch.as_tensor(constant(exact))
         yield "one number", got.numel() == 1, "One C has to do for all omega: take the largest."
-        yield "attained", abs(got.item() - scale.max().item()) < 1e-9, "Here every residual of the worst omega meets its bound."
+        yield (
+            "attained",
+            abs(got.item() - scale.max().item()) < 1e-9,
+            "Here every residual of the worst omega meets its bound.",
+        )
         early = exact.clone()
         early[0] *= 1e6
         yield "begins at 1", abs(float(constant(early)) - scale.max().item()) < 1e-9, "Row 0 is the start, before any step."
