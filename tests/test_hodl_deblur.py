@@ -19,7 +19,7 @@ from odlkit.operators import Blur, Wavelet
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import propagate
 from odlkit.tasks.deblur import deblur
-from odlkit.tasks.deblur_hodl import NAMES, growth, iterated, theorem_3_1
+from odlkit.tasks.deblur_hodl import NAMES, growth, iterated, krasnoselskii_mann
 from odlkit.training import hodl as recipes
 from odlkit.training import padnet, recipe
 from odlkit.training.kernels import random_kernel
@@ -235,13 +235,13 @@ def test_moves_that_grow_fail_the_certificate():
     net = constant()
     net.unit = tight()
     good = iterated(net, b, blur, 0.02, 6)[1]
-    told = theorem_3_1(good, 0.99)
+    told = krasnoselskii_mann(good, 0.99)
     assert told["holds"] and told["margin"] >= 0 and told["largest_ratio_of_moves"] <= 1 + 1e-9
-    assert not theorem_3_1(good, 1.01)["holds"]  # a bound above 1 is no guarantee, whatever the run did
+    assert not krasnoselskii_mann(good, 1.01)["holds"]  # a bound above 1 is no guarantee, whatever the run did
     blown = propagate(Iteration(lambda u, params, k: 2 * u), Problem(LeastSquares(blur, b)), b, steps=4)
-    assert growth(blown) > 1 and not theorem_3_1(blown, 0.99)["holds"]
+    assert growth(blown) > 1 and not krasnoselskii_mann(blown, 0.99)["holds"]
     once = iterated(net, b, blur, 0.02, 1)[1]
-    assert theorem_3_1(once, 0.99)["holds"] and growth(once) == 0
+    assert krasnoselskii_mann(once, 0.99)["holds"] and growth(once) == 0
 
 
 @pytest.mark.parametrize("argument, options", [("theta", {"theta": 1.5}), ("start", {"start": {"tau": (1.0, 0.0)}})])

@@ -45,11 +45,11 @@ def hodl(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool)
 
 
 def nonexpansive(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
-    """HODL with ``D_net = (I + N) / 2``, N of Lipschitz constant at most 1.  Eq: HODL Theorem 3.1."""
+    """HODL with ``D_net = (I + N) / 2``, N of Lipschitz constant at most 1.  Eq: HODL Assumption 3.2."""
     name = NAMES["hodl-nonexpansive"]
     net: Any = weights.load(name).to(z)
     x, result = iterated(net, z, blur, sigma, steps, progress)
-    return Outcome(x, result, theorem_3_1(result, weights.card(name)["lipschitz_bound"]))
+    return Outcome(x, result, krasnoselskii_mann(result, weights.card(name)["lipschitz_bound"]))
 
 
 def growth(result: Result) -> float:
@@ -58,14 +58,14 @@ def growth(result: Result) -> float:
     return (moves[1:] / moves[:-1].clamp_min(torch.finfo(moves.dtype).tiny)).max().item() if len(moves) > 1 else 0.0
 
 
-def theorem_3_1(result: Result, bound: float) -> dict[str, Any]:
-    """The hypothesis of Theorem 3.1 on this run: ``||u^{k+1} - u^k||`` never grows, as with every non-expansive T."""
+def krasnoselskii_mann(result: Result, bound: float) -> dict[str, Any]:
+    """The hypothesis on this run: ``||u^{k+1} - u^k||`` never grows, as with every non-expansive T."""
     moves, size = result.trace["change"], result.trace["norm"]
     check = Check("moves", True, 0.0, 0)  # a single step has nothing to compare
     if len(moves) > 1:
         check = inequality("moves", moves[1:], moves[:-1], ROUND_OFF * size[1:], size[1:])
     return {
-        "guarantee": "HODL, Theorem 3.1 without aggregation: D_num and D_net non-expansive, alpha < 1",
+        "guarantee": "Krasnoselskii and Mann, under HODL's Assumption 3.2: D_num and D_net non-expansive, alpha < 1",
         "statement": "if T has a fixed point, the iterates converge to one; which image that is, no theorem says",
         "holds": check.holds and bound <= 1,
         "margin": check.margin,

@@ -103,7 +103,7 @@ def deblur(out: Path, resume: bool = False, steps: int = 1800, slow: tuple[int, 
 
 
 def deblur_nonexpansive(out: Path, resume: bool = False, steps: int = 1200) -> None:
-    """``D_net = (I + N) / 2``, N of Lipschitz constant 1, and one T from the first step: as Theorem 3.1 has it.
+    """``D_net = (I + N) / 2``, N of Lipschitz constant 1, and one T from the first step: HODL's Assumption 3.2.
 
     N begins as the identity, so the iteration begins as proximal gradient alone.
     """
