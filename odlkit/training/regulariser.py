@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odlkit.bilevel import LowerLevelError
 from odlkit.linear import LinearMap, as_operator
 from odlkit.metrics import psnr
 from odlkit.problem import norm_items
@@ -31,7 +32,7 @@ class Learned:
     A row has ``weights``, ``mse`` and ``mse_error``, ``slope`` and ``slope_error`` (norm of the hypergradient, bound on its
     error, in dB of PSNR a factor e in the weights), ``distance`` (the bound on ``||u - u*||``), ``solves`` (points at
     which the lower level was solved), ``applied`` (of A and A^T), with validation pictures their mean PSNR ``validation``.
-    ``estimate`` is the engine's own estimate of the last hypergradient's relative error.
+    ``estimate`` is the engine's own estimate of the last hypergradient's relative error, NaN where round-off hides it.
     """
 
     weights: Tensor
@@ -70,7 +71,16 @@ class _Upper:
         """Whether the slope is proved to be below the tolerance."""
         return (c.gradient.norm().item() + c.gradient_error) * DECIBEL / c.loss <= self.tol
 
+    def row(self, w: Tensor, c: Certified) -> dict[str, Any]:
+        scale = DECIBEL / c.loss
+        return {
+            "weights": w.exp().tolist(), "mse": c.loss, "mse_error": c.loss_error, "distance": c.distance,
+            "slope": scale * c.gradient.norm().item(), "slope_error": scale * c.gradient_error,
+            "solves": self.points, "applied": self.lower.applied,
+        }  # fmt: skip
+
     def gradient(self, w: Tensor, u: Tensor) -> Certified:
+        """`certify_gradient`, the tolerances lowered until its bound is a small part of the gradient, or both are small."""
         while True:
             u = self.lower.solve(w, u, self.inner)
             c = certify_gradient(self.lower, w, u, self.truth, self.adjoint, self.warm)
@@ -152,12 +162,7 @@ def learn_weights(
     with tqdm(total=steps, desc="weights", disable=not progress, leave=False) as bar:
         for step in range(steps + 1):
             c = upper.gradient(w, c.u)
-            scale = DECIBEL / c.loss
-            row = {
-                "weights": w.exp().tolist(), "mse": c.loss, "mse_error": c.loss_error, "distance": c.distance,
-                "slope": scale * c.gradient.norm().item(), "slope_error": scale * c.gradient_error,
-                "solves": upper.points, "applied": lower.applied,
-            }  # fmt: skip
+            row = upper.row(w, c)
             if watch and validation:
                 seen = watch.solve(w, seen, tol=1e-3 * watch.mu * math.sqrt(watch.start[0].numel()))
                 row["validation"] = psnr(seen, validation[1].double()).mean().item()
@@ -172,15 +177,19 @@ def learn_weights(
             p = -B @ c.gradient
             if not p.dot(c.gradient) < -p.norm() * c.gradient_error:  # not proved to descend, or the first
                 p = -c.gradient / c.gradient.abs().max()
-            found = upper.descend(w, c, p * min(1.0, 2 / p.abs().max().item()))
+            p = p * min(1.0, 2 / p.abs().max().item())
+            found = upper.descend(w, c, p)
             if found is None:
                 status = "no descent"
                 break
             before, (t, new) = (w, c.gradient), found
-            w, c = w + t * p * min(1.0, 2 / p.abs().max().item()), new
+            w, c = w + t * p, new
             bar.update()
-    last = certify_gradient(lower, w, c.u, truth, upper.adjoint, upper.warm, estimate=True)
-    return Learned(w.exp(), status, history, last.estimate or 0.0, bands, ridge, delta)
+    try:
+        estimate = certify_gradient(lower, w, c.u, truth, upper.adjoint, upper.warm, estimate=True).estimate
+    except LowerLevelError:  # at round-off no better point is found to compare with
+        estimate = None
+    return Learned(w.exp(), status, history, math.nan if estimate is None else estimate, bands, ridge, delta)
 
 
 def _bfgs(B: Tensor, s: Tensor, y: Tensor, first: bool) -> Tensor:
