@@ -31,6 +31,7 @@ ALLOWED = {
     ("median", "gdc/training"): (10, "a cell is a loop to be trained, or one experiment with its verdict"),
     ("median", "gdc/tasks"): (8, "a cell is one task's run, or one comparison with its verdict"),
     ("cells", "gdc/training"): (20, "a cascade is written, differentiated, trained, and taken apart"),
+    ("median", "hodl/sparse-coding"): (8, "a cell is one training or one experiment with its verdict"),
     ("median", "hodl/one-problem"): (9, "a cell is one map, its training, or one experiment with its verdict"),
     ("median", "hodl/hypergradients"): (10, "a cell is one way in full, with the assertion that it equals odlkit's"),
     ("median", "hodl/choosing-lambda"): (9, "a cell is one formula with its assertion, or one experiment with its verdict"),
