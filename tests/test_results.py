@@ -29,8 +29,10 @@ SMALL = {
 def faults(name: str, record: dict) -> list[str]:
     """What a record lacks."""
     found = [f"no {key}" for key in ("claim", "rows", "seconds", *PROVENANCE) if key not in record]
-    found += [f"{key} is empty" for key in ("claim", "rows", "command", "commit", "versions", "hardware", "data")
+    found += [f"{key} is empty" for key in ("claim", "rows", "command", "commit", "versions", "hardware")
               if key in record and not record[key]]  # fmt: skip
+    drawn = bool(record.get("seeds"))  # data that are drawn at random need their seeds, and no file
+    found += ["data is empty"] if not record.get("data", True) and not drawn else []
     found += [] if name in str(record.get("command")) else ["the command names another suite"]
     prints = "paper" in record or any(row.get("paper") for row in record.get("rows", []))
     found += ["a figure of the paper, and no word on why they differ"] if prints and "why_they_differ" not in record else []
