@@ -613,7 +613,7 @@ def agg_2(largest):
 
 @exercise
 def spc_1(project):
-    """``project(W)``: of the matrices with no singular value above 1 the nearest to a square W, Frobenius norm; like ``W``."""
+    """``project(W)``: the nearest matrix (Frobenius) to a square W with no singular value above 1; like ``W``."""
     for randn in draws():
         W = randn(6, 6)
         P = project(W)

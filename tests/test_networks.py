@@ -41,6 +41,7 @@ def test_folded_batch_norm_is_the_same_function():
 @pytest.mark.parametrize("kind", ["conv", "rbf", "wild"])
 def test_bounded_net_meets_condition_2_for_any_input(kind, scale, device, dtype):
     """Eq: PADNet Condition 2."""
+
     class Wild(torch.nn.Module):
         def forward(self, v, alpha):
             return -50 * v.square() - 1e3

@@ -92,8 +92,11 @@ def broken(page: Path) -> list[str]:
 
 
 def test_links_lead_somewhere():
-    faults = {page.relative_to(HTML).as_posix(): broken(page) for page in sorted(HTML.rglob("*.html"))
-              if "_static" not in page.parts}
+    faults = {
+        page.relative_to(HTML).as_posix(): broken(page)
+        for page in sorted(HTML.rglob("*.html"))
+        if "_static" not in page.parts
+    }
     assert len(faults) > len(PAGES)
     assert not any(faults.values()), "\n".join(f"{page}: {fault}" for page, found in faults.items() for fault in found)
 
@@ -149,10 +152,21 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync", "force-device-scale-factor=1",
-                 "window-size=1280,900", "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "force-device-scale-factor=1",
+        "window-size=1280,900",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -163,9 +177,12 @@ def browser(tmp_path_factory):
 
 def ask(browser, check: str, *arguments) -> list:
     """The answer of one of the checks in pages.js about the open page."""
-    script = (Path(__file__).parent / "pages.js").read_text(encoding="utf-8") + """
+    script = (
+        (Path(__file__).parent / "pages.js").read_text(encoding="utf-8")
+        + """
         const done = arguments[arguments.length - 1], [name, ...given] = [...arguments].slice(0, -1);
         Promise.resolve(checks[name](...given)).then(done, (error) => done([`${name} failed: ${error}`]));"""
+    )
     return browser.execute_async_script(script, check, *arguments)
 
 

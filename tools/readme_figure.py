@@ -1,6 +1,6 @@
 """Make the picture of the README: a blurred photograph, the restored one, and what its certificate watches.
 
-    python tools/readme_figure.py            writes book/_assets/readme.png and the numbers behind it, readme.csv
+python tools/readme_figure.py            writes book/_assets/readme.png and the numbers behind it, readme.csv
 """
 
 from __future__ import annotations

@@ -287,9 +287,7 @@ MODELS = {  # each run as run(z, blur, sigma, steps, progress)
     "gdc": Model(gdc, "GDC's cascade of data step, generative, discriminative and corrective module, trained jointly"),
     "gdc-pcm": Model(gdc_pcm, "GDC's Algorithm 1 on an l1 energy of Haar coefficients; descent by Proposition 1"),
     "hodl": Model(hodl, "HODL: wavelet proximal gradient after a network, one map for all steps, trained through them"),
-    "hodl-nonexpansive": Model(
-        nonexpansive, "the same with a network of Lipschitz constant 1: converges, restores less"
-    ),
+    "hodl-nonexpansive": Model(nonexpansive, "the same with a network of Lipschitz constant 1: converges, restores less"),
     "tv": Model(_tv, "isotropic total variation by ADMM"),
     "l08": Model(_l08, "l0.8 on the gradient by ADMM"),
     "fista-wavelet": Model(_fista, "l1 on orthonormal wavelet coefficients by FISTA"),
