@@ -7,7 +7,10 @@ import torch
 
 from odlkit import data, weights
 from odlkit.metrics import psnr
-from odlkit.tasks.inpaint import MODELS, fill, inpaint, thin_plate
+from odlkit.operators import Gradient, Mask
+from odlkit.priors import GroupLp
+from odlkit.problem import LeastSquares, Problem
+from odlkit.tasks.inpaint import MODELS, TV_STEPS, TV_WEIGHT, fill, inpaint, thin_plate
 from odlkit.training.masks import missing_at_random, text
 
 trained = "gdc-inpaint" in weights.cards()
@@ -45,6 +48,20 @@ def test_what_is_known_stays_and_what_is_missing_gains(name, channels, report_ke
     assert set(report) >= report_keys
     json.dumps(report)
     assert report["input"]["known"] == round(mask.mean().item(), 4)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_total_variation_leaves_its_start_for_a_minimiser(share):
+    x = data.sample("coffee", (96, 128), gray=False)
+    mask = missing_at_random(share, 96, 128, seeded())
+    problem = Problem(LeastSquares(Mask(mask), x * mask), GroupLp(1, TV_WEIGHT), Gradient())
+    plate, (found, report), (far, _) = (
+        thin_plate(x * mask, mask),
+        inpaint(x * mask, mask, "tv"),
+        inpaint(x, mask, "tv", steps=400),
+    )
+    energy = [problem.energy(image).item() for image in (plate, found, far)]
+    assert report["iterations"] == TV_STEPS and energy[1] - energy[2] < 0.1 * (energy[0] - energy[2]), energy
 
 
 @pytest.mark.skipif(not trained, reason="the network gdc-inpaint is not installed")
