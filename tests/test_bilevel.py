@@ -619,7 +619,10 @@ def test_a_loss_or_a_gradient_that_is_not_finite():
         ({"start": {}}, "start: .* got an empty tree"),
         ({"step": lambda u, w, k: u[None]}, r"step: expected leaves like those of start, \[\(1, torch.float64\)\], got"),
         ({"step": lambda u, w, k: u.float()}, "step: expected leaves like those of start"),
-        ({"upper": lambda u, w: torch.cat([u, w])}, r"upper: expected a scalar, got the shape \(2,\)"),
+        ({"upper": lambda u, w: torch.cat([u, w])}, r"upper: expected a scalar, a tensor, got the shape \(2,\)"),
+        ({"upper": lambda u, w: u.sum().item()}, "upper: expected a scalar, a tensor, got float"),
+        ({"start": (one(),), "step": lambda u, w, k: [0.5 * u[0] + w]}, "step: expected a tree like start"),
+        ({"way": "cg"}, "way: expected Unrolled"),
         ({"steps": -1}, "steps, tol: expected"),
         ({"tol": math.nan}, "steps, tol: expected"),
         ({"warm": torch.ones(2)}, "warm: expected the warm of a call with the same lower level"),
@@ -637,6 +640,41 @@ def test_bad_arguments_get_one_sentence(change, message):
 def test_bad_ways_are_refused(make_way):
     with pytest.raises(ValueError, match="expected"):
         make_way()
+
+
+@pytest.mark.parametrize("way", [Unrolled(), Unrolled("rebuilt"), Truncated(5), Implicit("gmres")])
+def test_a_step_that_returns_the_keys_of_a_dict_in_another_order_is_refused(way):
+    def run(keys):  # the values of one would be taken for those of the other
+        def step(u, w, k):
+            return {key: 0.5 * u[key] + {"x": 1, "y": 2}[key] * w for key in keys}
+
+        start = {"x": one(), "y": one()}
+        return hypergradient(step, lambda u, w: u["x"].square().sum(), one(), start, steps=60, way=way)
+
+    assert run("xy").state["x"].item() == pytest.approx(2)
+    with pytest.raises(ValueError, match="step: expected a tree like start, keys in the same order"):
+        run("yx")
+
+
+@pytest.mark.parametrize("way", [Unrolled(), Unrolled("rebuilt"), Truncated(5), Implicit("gmres")])
+def test_a_gradient_that_nothing_depends_on_is_refused_and_one_that_is_zero_is_not(way):
+    net = nn.Linear(2, 2).double()
+    params, start = dict(net.named_parameters()), torch.zeros(1, 2, dtype=torch.float64)
+    for step in (lambda u, p, k: 0.1 * net(u), lambda u, p, k: 0.1 * functional_call(net, p, u).detach()):
+        with pytest.raises(ValueError, match="params: expected step or upper to use the params .*functional_call"):
+            hypergradient(step, lambda u, p: u.sum(), params, start, steps=40, way=way)
+    right = lambda u, p, k: 0.1 * functional_call(net, p, u)  # noqa: E731
+    assert any(g.any() for g in hypergradient(right, lambda u, p: u.sum(), params, start, way=way).gradient.values())
+    zero = hypergradient(lambda u, w, k: 0.5 * u + w, lambda u, w: u.square().sum(), one(0.0), one(0.0), steps=40, way=way)
+    assert zero.gradient.item() == 0
+
+
+@pytest.mark.parametrize("solver", ["neumann", "fixed point"])
+def test_a_delay_keeps_the_residual_for_a_while_and_is_not_singular(solver):
+    shift = torch.diag(torch.ones(2, dtype=torch.float64), 1)  # nilpotent: the series has three terms
+    w = torch.ones(3, dtype=torch.float64)
+    found = hypergradient(lambda u, w, k: shift.T @ u + w, lambda u, w: u[2], w, 0 * w, steps=5, way=Implicit(solver))
+    assert torch.allclose(found.gradient, w) and found.adjoint_iterations <= 4
 
 
 def test_the_words_of_a_status_are_those_of_the_loop():

@@ -80,10 +80,13 @@ def hypergradient(
     Raises `LowerLevelError` with the iteration and the quantity when an iterate is not finite or has grown beyond
     ``1e6 max(||u^0||, sqrt(n))``, when a tolerance is missed, when the adjoint system is singular or, for CG, not symmetric,
     when the loss or its gradient is not finite, or when the error cannot be estimated; with ``strict=False`` the result's
-    ``status`` and ``failure`` say so.  Raises `ValueError` for trees that do not fit.
+    ``status`` and ``failure`` say so.  Raises `ValueError` for trees that do not fit
+    and where neither ``step`` nor ``upper`` uses ``params``, but a module's own parameters, say.
     """
     if steps < 0 or not tol >= 0:
         raise ValueError(f"steps, tol: expected steps >= 0 and tol >= 0, got {steps} and {tol}")
+    if not isinstance(way, Way):
+        raise ValueError(f"way: expected Unrolled(...), Truncated(...) or Implicit(...), got {way!r}")
     lower = Lower(step, upper, params, start)
     if warm is not None and warm.numel() != sum(leaf.numel() for leaf in lower.start):
         raise ValueError(f"warm: expected the warm of a call with the same lower level, got {tuple(warm.shape)}")
@@ -101,6 +104,8 @@ def hypergradient(
             raise missed
         through, adjoint = way.pull(lower, tape, v, warm)
         gradient = [a + b for a, b in zip(direct, through, strict=True)]
+        if not any(bool(g.any()) for g in gradient):
+            check_used(lower, tape)
         result.gradient = tree_unflatten(gradient, lower.params_spec)
         if adjoint is not None:
             result.adjoint_iterations, result.adjoint_residual = adjoint.iterations, adjoint.residual
@@ -148,6 +153,18 @@ def check_finite(lower: Lower, tape: Tape, residual: float, value: Tensor) -> No
         if not math.isfinite(number):
             text = f"the {quantity} is {number} at u^{tape.k}"
             raise LowerLevelError(text, Status.NOT_FINITE, tape.k, quantity)
+
+
+def check_used(lower: Lower, tape: Tape) -> None:
+    """Raise where no parameter has a part in the first step, in the last or in the upper loss: zero would say nothing."""
+    with torch.enable_grad():
+        parts = [lower.upper(tree_unflatten(tape.u, lower.spec), lower.params)]
+        for u, k in ((lower.start, 0), (tape.u, tape.k)):
+            parts += lower.iterate(u, k, k + 1)[0]
+    parts = [part.sum() for part in parts if part.requires_grad]
+    if not parts or all(g is None for g in torch.autograd.grad(parts, lower.leaves, allow_unused=True)):
+        hint = "a module's own parameters are not params: torch.func.functional_call(module, params, ...)"
+        raise ValueError(f"params: expected step or upper to use the params they are given, got none that does; {hint}")
 
 
 def check_adjoint(way: Implicit, adjoint: Solve, k: int) -> None:

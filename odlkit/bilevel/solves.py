@@ -103,6 +103,7 @@ def fixed_point(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: i
     """
     x, r, used = begin(A, b, x)
     norm, first, status, flat = size(r), size(r), Status.STEP_LIMIT, 1 - 10 * torch.finfo(b.dtype).eps
+    still = 0  # products in a row that kept the norm; a few a delay makes too
     for taken in range(max_iter + 1):
         if not norm > tol:
             status = Status.CONVERGED if math.isfinite(norm) else Status.NOT_FINITE
@@ -114,7 +115,8 @@ def fixed_point(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: i
         if not norm <= 1e6 * first:
             status = Status.DIVERGED if math.isfinite(norm) else Status.NOT_FINITE
             break
-        if flat * old <= norm <= old / flat:
+        still = still + 1 if flat * old <= norm <= old / flat else 0
+        if still == 20:
             status = Status.STAGNATED
             break
     return Solve(x, status, norm, used)

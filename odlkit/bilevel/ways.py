@@ -82,8 +82,9 @@ class Lower:
         u = [leaf.detach().requires_grad_() for leaf in u]
         with torch.enable_grad():
             value = self.upper(tree_unflatten(u, self.spec), self.params)
-        if value.numel() != 1:
-            raise ValueError(f"upper: expected a scalar, got the shape {tuple(value.shape)}")
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"upper: expected a scalar, a tensor, got {got}")
         found = vjp([value], [*u, *self.leaves], [torch.ones_like(value)])
         return value.detach(), found[: len(u)], found[len(u) :]
 
@@ -99,7 +100,9 @@ class Lower:
                 keep[k] = tree
             old, tree, k = tree, self.step(tree, params, k), k + 1
             met = tol > 0 and change(tree_leaves(tree), tree_leaves(old)) <= tol
-        leaves = tree_leaves(tree)
+        leaves, spec = tree_flatten(tree)
+        if spec != self.spec:
+            raise ValueError(f"step: expected a tree like start, keys in the same order, {self.spec}, got {spec}")
         if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in u]:
             kinds = [[(*leaf.shape, leaf.dtype) for leaf in part] for part in (u, leaves)]
             raise ValueError(f"step: expected leaves like those of start, {kinds[0]}, got {kinds[1]}")
