@@ -176,6 +176,25 @@ def test_the_loss_counts_every_stage():
     assert all_stages(images, x).item() == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize("setting", ["derain", "text"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (9, 13)])
+def test_every_size_works_and_its_start_counts(setting, size):
+    net = small(setting)
+    y = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        same, other = net(y, x0=y), net(y, x0=torch.zeros_like(y))
+        assert all(image.shape == y.shape and bool(image.isfinite().all()) for image in other)
+        assert all(torch.equal(a, b) for a, b in zip(net(y), same, strict=True))
+        assert all(not torch.allclose(a, b) for a, b in zip(same, other, strict=True))
+
+
+def test_the_released_last_stage_adds_to_the_data_wherever_the_start_was():
+    net = small()
+    torch.nn.init.zeros_(net.last.tail.weight)
+    y = torch.rand(1, 3, 16, 16)
+    assert torch.equal(net(y, x0=torch.zeros_like(y))[-1], y)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="^setting: expected one of derain"):
         DGUNet("rain")

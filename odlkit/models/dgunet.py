@@ -122,14 +122,14 @@ class Stage(nn.Module):
             self.supervised = Supervised(w, s.channels, s.sensing or s.text, place == "last")
 
     def forward(
-        self, x: Tensor, y: Tensor, operator: LinearMap | None, sent: Tensor | None, before: Features | None, base: Tensor
+        self, x: Tensor, y: Tensor, operator: LinearMap | None, sent: Tensor | None, before: Features | None
     ) -> tuple[Tensor, Tensor | None, Features | None]:
         v = self.gradient(x, y, operator)
         f = self.shallow(v)
         if self.merge is not None and sent is not None:
             f = self.merge(f, sent) if isinstance(self.merge, Projection) else self.merge(torch.cat([f, sent], dim=1))
         if self.short:
-            return (v if operator is not None else base) + self.tail(f), None, None
+            return (v if operator is not None else y) + self.tail(f), None, None
         f, features = self.hourglass(f, before)
         sent, image = self.supervised(f, v)
         return image, sent, features
@@ -173,12 +173,13 @@ class DGUNet(nn.Module):
             raise ValueError(f"stages: expected at least 2, got {count}")
         x = (y if operator is None else operator.A_adjoint(y)) if x0 is None else x0
         height, width = x.shape[-2:]
-        pad = (0, -width % block, 0, -height % block)
+        single = operator is None and max(height, width) <= block  # whose instance norm would have one value
+        pad = (0, -width % block + block * single, 0, -height % block)
         if any(pad):
             if operator is not None:
                 raise ValueError(f"y: expected an image of sides that are multiples of {block}, got {(height, width)}")
-            x = y = nnf.pad(y, pad, mode="replicate")
-        images, base = [], x
+            x, y = (nnf.pad(t, pad, mode="replicate") for t in (x, y))
+        images = []
         sent: Tensor | None = None
         features: Features | None = None
         for k in range(count):
@@ -186,9 +187,9 @@ class DGUNet(nn.Module):
             if self.checkpoint and torch.is_grad_enabled():
                 from torch.utils.checkpoint import checkpoint
 
-                x, sent, features = checkpoint(stage, x, y, operator, sent, features, base, use_reentrant=False)
+                x, sent, features = checkpoint(stage, x, y, operator, sent, features, use_reentrant=False)
             else:
-                x, sent, features = stage(x, y, operator, sent, features, base)
+                x, sent, features = stage(x, y, operator, sent, features)
             images.append(x[..., :height, :width])
         return images
 
