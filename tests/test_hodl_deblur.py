@@ -240,6 +240,8 @@ def test_moves_that_grow_fail_the_certificate():
     assert not krasnoselskii_mann(good, 1.01)["holds"]  # a bound above 1 is no guarantee, whatever the run did
     blown = propagate(Iteration(lambda u, params, k: 2 * u), Problem(LeastSquares(blur, b)), b, steps=4)
     assert growth(blown) > 1 and not krasnoselskii_mann(blown, 0.99)["holds"]
+    still = propagate(Iteration(lambda u, params, k: u + 1e-9 * 2.0**k), Problem(LeastSquares(blur, b)), b, steps=4)
+    assert growth(still) == 0  # moves of the size of round-off
     once = iterated(net, b, blur, 0.02, 1)[1]
     assert krasnoselskii_mann(once, 0.99)["holds"] and growth(once) == 0
 

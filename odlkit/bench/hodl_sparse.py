@@ -101,7 +101,7 @@ def regularised(progress: bool = False) -> dict[str, Any]:
     return {
         "claim": f"regularised sparse coding, K = {DEPTH}, {len(SEEDS)} seeds, 300 test items in float64: NMSE in dB at K, "
         f"10 K and {LONG} (mean, standard deviation over seeds), training loss, relative change of u (geometric mean), "
-        "and the largest ratio of two successive steps of any item between K and 10 K",
+        f"and the largest ratio of two successive steps of any item between K and {LONG}",
         "rows": rows,
         "hodl_contracts_to_10_K_on_the_wide_dictionary_in_every_seed": count["hodl"] == len(SEEDS),
         "seeds_in_which_ena_does": count["ena"],
@@ -193,7 +193,7 @@ def constrained(progress: bool = False) -> dict[str, Any]:
         "noisy_ssim": spread([v[1] for v in inputs], 3)[0],
         "why_they_differ": "the paper's numbers for UNH and ENA are near or below those of the noisy picture, which ALM "
         "without any training exceeds by far once beta and kappa suit; it learns a dictionary where this is a fixed frame, "
-        "and does not say what beta, kappa and its loss are. The step sizes of the two methods without metric are in l2. "
+        "and does not say what beta, kappa and its loss are. The step sizes of ADMM and ENA, without a metric, are in l2. "
         "Beyond K, ENA repeats its last layer",
         "curves": curves,
         "settings": UNSUPERVISED | {"weight": 1.0, "beta": sc.PENALTY, "room": sc.ROOM, "alpha": sc.ALPHA},

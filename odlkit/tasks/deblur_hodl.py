@@ -53,9 +53,13 @@ def nonexpansive(z: Tensor, blur: Blur, sigma: float, steps: int | None, progres
 
 
 def growth(result: Result) -> float:
-    """``max ||u^{k+1} - u^k|| / ||u^k - u^{k-1}||`` over the run, at most 1 for a non-expansive T; 0 for a single step."""
-    moves = result.trace["change"]
-    return (moves[1:] / moves[:-1].clamp_min(torch.finfo(moves.dtype).tiny)).max().item() if len(moves) > 1 else 0.0
+    """``max ||u^{k+1} - u^k|| / ||u^k - u^{k-1}||`` over the run, at most 1 for a non-expansive T; 0 for a single step.
+
+    Without moves of the size of round-off, whose ratios say nothing.
+    """
+    moves, size = result.trace["change"], result.trace["norm"]
+    ratios = (moves[1:] / moves[:-1])[moves[:-1] > ROUND_OFF * size[:-1]]
+    return ratios.max().item() if ratios.numel() else 0.0
 
 
 def krasnoselskii_mann(result: Result, bound: float) -> dict[str, Any]:
