@@ -297,7 +297,8 @@ class FilterBank(Operator):
         h, w = self.filters.shape[-2:]
         parts = y.unflatten(1, (self.widening, -1)).transpose(1, 2)  # (B, C, N, H, W)
         padded = nnf.pad(parts.flatten(0, 1), (w // 2, w // 2, h // 2, h // 2), mode="circular")
-        bank = self.filters.to(y).flip((-2, -1))[:, None]  # as a transposed one: conv2d to one channel is slow on a processor
+        bank = self.filters.to(y).flip((-2, -1))[:, None]
+        # as a transposed one: conv2d to one channel is slow on a processor
         out = nnf.conv_transpose2d(padded, bank, padding=(h - 1, w - 1))
         return out.view(*parts.shape[:2], *y.shape[-2:])
 
