@@ -36,7 +36,7 @@ def trained(wide):
 
 
 def test_a_trained_hodl_contracts_beyond_its_depth_and_the_free_one_diverges(wide, trained):
-    """The issue's must-show, small: W is projected or it is not, nothing else differs.  Eq: HODL (5), (9)."""
+    """Contraction rests on the projection: W is projected or it is not, nothing else differs.  Eq: HODL (5), (9)."""
     method, log = trained["hodl"]
     states, moves, sizes, truth = followed(method, wide, 20 * DEPTH)
     start = sc.nmse(followed(sc.regularised("hodl", wide, DEPTH), wide, DEPTH)[0][DEPTH], truth)
