@@ -204,6 +204,9 @@ def test_bands():
         ({"start": -1.0}, "start: expected positive weights"),
         ({"start": torch.ones(5)}, "start: expected"),
         ({"measured": torch.rand(2, 1, 4, 4)}, "measured: expected data like A x"),
+        ({"measured": torch.full((2, 1, 16, 16), math.nan)}, "measured: expected finite numbers"),
+        ({"images": torch.full((2, 1, 16, 16), math.inf)}, "images: expected finite numbers"),
+        ({"steps": -1}, "steps: expected at least 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):

@@ -144,6 +144,8 @@ def learn_weights(
 
     truth = _pictures(images)
     _check_numbers(noise=noise, ridge=ridge, delta=delta, tol=tol, accuracy=accuracy)
+    if steps < 0:
+        raise ValueError(f"steps: expected at least 0, got {steps}")
     generator = torch.Generator().manual_seed(seed)
     A = as_operator(operator)
     _check_adjoint(A, truth, generator)
@@ -152,6 +154,9 @@ def learn_weights(
         raise ValueError(f"measured: expected data like A x, {tuple(y.shape)}, got {tuple(measured.shape)}")
     drawn = y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y)
     y = drawn if measured is None else measured.double()
+    for name, values in (("images", truth), ("measured", y)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     bands = Bands.of(regulariser, shared)
     w = _first(bands, truth, noise, start)
     lower, watch = Lower(A, y, bands, ridge, delta), validation and Lower(A, validation[0].double(), bands, ridge, delta)
