@@ -197,6 +197,7 @@ def test_bands():
         ({"images": torch.rand(16, 16)}, "images: expected floating point"),
         ({"images": [torch.rand(1, 1, 8, 8), torch.rand(1, 1, 16, 16)]}, "of one size"),
         ({"images": []}, "images: expected"),
+        ({"images": 255 * torch.rand(2, 1, 16, 16)}, "images: expected values around"),
         ({"regulariser": "sparse"}, "regulariser: expected an operator or one of tv, wavelet, dct"),
         ({"ridge": 0.0}, "ridge: expected a number above 0"),
         ({"noise": -1.0}, "noise: expected"),

@@ -130,7 +130,8 @@ def run(progress: bool = False) -> dict[str, Any]:
     pairs = [zip(found[t, "TV"], found[t, "TV, grid of 20"], strict=True) for t in NOISE]
     gains = [r["train"] - g["train"] for pair in pairs for r, g in pair]
     return {
-        "claim": f"Weights learned on four crops of {TRAIN}x{TRAIN}, tested on ten of {TEST}x{TEST} held out: PSNR in dB",
+        "claim": f"Weights learned on four crops of {TRAIN}x{TRAIN}, tested on ten of {TEST}x{TEST} held out: PSNR in dB. "
+        "The work of many weights comes on top of that of the common weight they start from",
         "rows": [summary(*key, runs) for key, runs in found.items()],
         "all_converged": all(r.get("status", "converged") == "converged" for runs in found.values() for r in runs),
         "worst_proved_relative_error_of_the_loss": f"{max(r['mse_error'] / r['mse'] for r in lasts):.1e}",

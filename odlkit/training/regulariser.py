@@ -225,6 +225,8 @@ def _pictures(images: Tensor | Sequence[Tensor]) -> Tensor:
     truth = images if isinstance(images, Tensor) else torch.cat(list(images)) if len(sizes) == 1 else torch.empty(0)
     if truth.dim() != 4 or not truth.is_floating_point():
         raise ValueError(f"images: expected floating point (B, C, H, W), or a list of one size, got {sizes or 'none'}")
+    if truth.numel() and 10 < truth.abs().max() < math.inf:
+        raise ValueError(f"images: expected values around [0, 1], got up to {truth.abs().max().item():.3g}")
     return truth.double()
 
 
