@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import gdc, provenance
 from odlkit.metrics import psnr
 from odlkit.models.hodl_deblur import START, Deconvolution, plugged
 from odlkit.operators import Blur
@@ -43,7 +43,7 @@ PRINTED = {"pnp": "DPIR (ENA)", "hodl": "HODL"}  # our rows that have a counterp
 def observe(x: Tensor, kernel: Tensor, sigma: float) -> tuple[Blur, Tensor]:
     """The circular blur and the data, the same noise up to its level every time."""
     blur = Blur(kernel)
-    return blur, blur.A(x) + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return blur, gdc.observe(blur, x, sigma)
 
 
 def path(net: Deconvolution, blur: Blur, b: Tensor, sigma: float, steps: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,8 @@ that the borders of blocks are seen in training; the released models add that as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def all_stages(images: Sequence[Tensor], x: Tensor) -> Tensor:
     return torch.stack([(image.float() - x).square().mean() for image in images]).mean()
 
 
-def sensing(out: Path, resume: bool, ratio: float, steps: int = 5000) -> None:
+def sensing(out: Path, resume: bool = False, *, ratio: float, steps: int = 5000) -> None:
     """Matrix and network together, for one ratio: gray patches of 64, blocks of 32, no noise."""
     torch.manual_seed(0)
     device, (train, held) = best_device(), pictures()
@@ -53,13 +54,4 @@ def sensing(out: Path, resume: bool, ratio: float, steps: int = 5000) -> None:
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
 
 
-def sensing_recipe(ratio: float) -> Callable[[Path, bool], None]:
-    """The recipe of one ratio, ``(out, resume)``."""
-
-    def run(out: Path, resume: bool = False) -> None:
-        sensing(out, resume, ratio)
-
-    return run
-
-
-sensing_10, sensing_25 = map(sensing_recipe, (0.10, 0.25))
+sensing_10, sensing_25 = (partial(sensing, ratio=ratio) for ratio in (0.10, 0.25))

@@ -8,7 +8,6 @@ Data: train400 only, degraded at random.  No image of BSD68, CBSD68 or Levin and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,14 +21,22 @@ from odlkit.metrics import psnr
 from odlkit.models.gdc import Cascade, Discriminative
 from odlkit.models.gdc_joint import CascadeNet
 from odlkit.networks import Classifier, ConvUnit, ResidualNet
-from odlkit.operators import Blur, Mask
+from odlkit.operators import Mask
 from odlkit.problem import Problem
 from odlkit.propagate import iterate
 from odlkit.tasks.inpaint import LEVEL, thin_plate
-from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, save_weights
 from odlkit.training.masks import missing_at_random, random_mask
-from odlkit.training.padnet import HELD_OUT, best_device, fit_denoiser, log_uniform, pictures
+from odlkit.training.padnet import (
+    HELD_OUT,
+    best_device,
+    deblurring_loss,
+    deblurring_score,
+    degrade,
+    log_uniform,
+    pictures,
+    train_denoiser,
+)
 
 LEVELS = (0.003, 0.2)  # of the greedy networks: noise up to 0.1 as in the paper, and what the first stages ask for
 NOISE = (0.005, 0.12)  # of joint deblurring
@@ -51,17 +58,8 @@ def generator_network(out: Path, resume: bool = False, steps: int = 3000, width:
     """Train G, seven convolutions and six ReLU, to estimate noise of every level in `LEVELS`."""
     torch.manual_seed(0)
     net = ResidualNet([ConvUnit(width=width)])
-    record = fit_denoiser(net, LEVELS, steps=steps, lr=1e-3, out=out, name="gdc-generator", resume=resume)
-    card = {
-        "name": "gdc-generator",
-        "what": "GDC's generative network, trained greedily as a denoiser for every noise level: seven convolutions",
-        "recipe": "odlkit train gdc-generator",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-        "network": {"kind": "conv", "units": [net.units[0].config], "bound": None},
-        "schedule": {"first": LEVELS[1], "last": LEVELS[0]},
-    }
-    save_weights(net, out / "gdc-generator.safetensors", card | record, torch.float16)
-    return net
+    what = "GDC's generative network, trained greedily as a denoiser for every noise level: seven convolutions"
+    return train_denoiser(net, "conv", LEVELS, what, steps=steps, lr=1e-3, out=out, name="gdc-generator", resume=resume)
 
 
 def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tuple[Classifier, float]:
@@ -147,9 +145,7 @@ def unroll(net: CascadeNet, problem: Problem, x0: Tensor, sigma: Tensor, guide: 
 
 def deblurred(net: CascadeNet, x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Blur ``x`` circularly, add noise, and run the cascade from the data."""
-    blur = Blur(kernel)
-    y = blur.A(x)
-    y = y + sigma * torch.randn(y.shape, generator=generator).to(y)
+    blur, y = degrade(x, kernel, sigma, generator)
     return unroll(net, net.problem(blur, y, sigma), y, sigma)
 
 
@@ -168,45 +164,20 @@ def _finish(net: CascadeNet, out: Path, name: str, record: dict, about: dict) ->
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
 
 
-def deblur(out: Path, resume: bool, scheme: str, steps: int = 2600, width: int = 64, stages: int = 5) -> None:
+def deblur(out: Path, resume: bool = False, *, scheme: str, steps: int = 2600, width: int = 64, stages: int = 5) -> None:
     """One scheme for deblurring with a known kernel: random kernels, 0.5 to 12% noise, log-uniform."""
-    net, device, name = start(out, resume, scheme, width, stages=stages), best_device(), f"gdc-deblur-{scheme.lower()}"
-    train, held = pictures()
-
-    def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 4, SIZE, generator).to(device)
-        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
-        sigma = log_uniform(*NOISE, len(x), generator).to(device)
-        return log_error(deblurred(net, x, kernel, sigma, generator), x)
-
-    def validate() -> float:
-        scores = []
-        with torch.no_grad():
-            for i, x in enumerate(held):
-                generator = torch.Generator().manual_seed(i)
-                kernel = random_kernel(generator)[None, None].to(device)
-                sigma = torch.full((1, 1, 1, 1), (0.01, 0.03, 0.1)[i % 3], device=device)
-                x = x[..., :176, :176].to(device)
-                scores.append(psnr(deblurred(net, x, kernel, sigma, generator)[-1], x).item())
-        return sum(scores) / len(scores)
-
-    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name=name, resume=resume, validate=validate)
+    net, name = start(out, resume, scheme, width, stages=stages), f"gdc-deblur-{scheme.lower()}"
+    (train, held), restore = pictures(), partial(deblurred, net)
+    loss = partial(deblurring_loss, restore, train, SIZE, noise=NOISE, mixed=False)
+    score = partial(deblurring_score, restore, held, (0.01, 0.03, 0.1), 176)
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name=name, resume=resume, validate=score)
     _finish(net, out, name, record, {
         "what": f"GDC for deblurring, scheme {scheme} ({WHAT[scheme]}), {stages} stages trained jointly, networks shared",
         "data": f"train400 without its last {HELD_OUT} images, the validation set (1, 3 and 10% noise); random blur kernels",
     })  # fmt: skip
 
 
-def deblur_recipe(scheme: str) -> Callable[[Path, bool], None]:
-    """The recipe of one scheme, ``(out, resume)``."""
-
-    def run(out: Path, resume: bool = False) -> None:
-        deblur(out, resume, scheme)
-
-    return run
-
-
-deblur_gm, deblur_gd, deblur_gc, deblur_gdc = map(deblur_recipe, ("GM", "GD", "GC", "GDC"))
+deblur_gm, deblur_gd, deblur_gc, deblur_gdc = (partial(deblur, scheme=scheme) for scheme in ("GM", "GD", "GC", "GDC"))
 
 
 def inpaint(out: Path, resume: bool = False, steps: int = 2500, width: int = 64, stages: int = 10) -> None:

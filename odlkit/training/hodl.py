@@ -9,6 +9,7 @@ Data: train400 only, blurred by random kernels; no benchmark image and no benchm
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from odlkit.metrics import psnr
 from odlkit.models.hodl_deblur import Deconvolution
 from odlkit.networks import ResidualNet, UNet
 from odlkit.networks.unet import as_identity, certified, lipschitz, normalized
-from odlkit.operators import Blur
-from odlkit.training.kernels import random_kernel
-from odlkit.training.loop import fit, log_error, patches, save_weights
-from odlkit.training.padnet import HELD_OUT, best_device, fit_denoiser, log_uniform, pictures
+from odlkit.training.loop import fit, save_weights
+from odlkit.training.padnet import (
+    HELD_OUT,
+    best_device,
+    deblurring_loss,
+    deblurring_score,
+    degrade,
+    pictures,
+    train_denoiser,
+)
 
 LEVELS = (0.003, 0.25)  # noise of the denoiser: what plug-and-play may ask for
 NOISE = (0.005, 0.06)  # of the blurred pictures
@@ -34,24 +40,13 @@ def denoiser(out: Path, resume: bool = False, steps: int = 5000) -> ResidualNet:
     """Train the U-shaped network to estimate noise of every level in `LEVELS`."""
     torch.manual_seed(0)
     net = ResidualNet([UNet(widths=WIDTHS)])
-    record = fit_denoiser(net, LEVELS, steps=steps, lr=1e-3, out=out, name="hodl-denoiser", resume=resume)
-    card = {
-        "name": "hodl-denoiser",
-        "what": "the U-shaped network of HODL's deconvolution as a plain denoiser of every noise level, for plug-and-play",
-        "recipe": "odlkit train hodl-denoiser",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-        "network": {"kind": "unet", "units": [net.units[0].config], "bound": None},
-        "schedule": {"first": LEVELS[1], "last": LEVELS[0]},
-    }
-    save_weights(net, out / "hodl-denoiser.safetensors", card | record, torch.float16)
-    return net
+    what = "the U-shaped network of HODL's deconvolution as a plain denoiser of every noise level, for plug-and-play"
+    return train_denoiser(net, "unet", LEVELS, what, steps=steps, lr=1e-3, out=out, name="hodl-denoiser", resume=resume)
 
 
 def unroll(net: Deconvolution, x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Blur ``x`` circularly, add noise, run T: ``u^1 ... u^K`` and ``D_net(u^K)``, each like ``x``."""
-    blur = Blur(kernel)
-    b = blur.A(x)
-    b = b + sigma * torch.randn(b.shape, generator=generator).to(b)
+    blur, b = degrade(x, kernel, sigma, generator)
     T, u = net.map(blur, b, sigma)
     outputs = []
     for k in range(net.depth):
@@ -62,28 +57,20 @@ def unroll(net: Deconvolution, x: Tensor, kernel: Tensor, sigma: Tensor, generat
 
 def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run: Any) -> dict:
     """Train everything in ``net`` through its K steps on random kernels and noise; returns the record of `fit`."""
-    (train, held), device = pictures(), best_device()
-    net.to(device)
+    train, held = pictures()
+    net.to(best_device())
+
+    restore = partial(unroll, net)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, batch, size, generator).to(device)
-        kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
-        sigma = log_uniform(*NOISE, len(x), generator).to(device)
         with parametrize.cached():  # a normalized network is normalized once a step
-            return log_error(unroll(net, x, kernel, sigma, generator), x)
+            return deblurring_loss(restore, train, size, generator, batch=batch, noise=NOISE, mixed=False)
 
     def validate() -> float:
-        scores = []
         net.eval()
-        with torch.no_grad():
-            for i, x in enumerate(held):
-                generator = torch.Generator().manual_seed(i)
-                kernel = random_kernel(generator)[None, None].to(device)
-                sigma = torch.full((1, 1, 1, 1), (0.01, 0.03)[i % 2], device=device)
-                x = x[..., :176, :176].to(device)
-                scores.append(psnr(unroll(net, x, kernel, sigma, generator)[-1], x).item())
+        score = deblurring_score(restore, held, (0.01, 0.03), 176)
         net.train()
-        return sum(scores) / len(scores)
+        return score
 
     return fit(net, loss, validate=validate, **run)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -75,6 +76,23 @@ def fit_denoiser(net: ResidualNet, levels: tuple[float, float], **run: Any) -> d
     return fit(net, loss, validate=validate, **run)
 
 
+def train_denoiser(
+    net: ResidualNet, kind: str, levels: tuple[float, float], what: str, *, out: Path, name: str, **run: Any
+) -> ResidualNet:
+    """`fit_denoiser`, and its weights with a card that says ``what`` they are; ``kind`` is the card's kind of unit."""
+    record = fit_denoiser(net, levels, out=out, name=name, **run)
+    card = {
+        "name": name,
+        "what": what,
+        "recipe": f"odlkit train {name}",
+        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
+        "network": {"kind": kind, "units": [net.units[0].config], "bound": None},
+        "schedule": {"first": levels[1], "last": levels[0]},
+    }
+    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    return net
+
+
 def greedy(out: Path, resume: bool = False, steps: int = 3500, width: int = 64) -> ResidualNet:
     """Train one `ConvUnit` with batch normalization to estimate noise, for every level alpha in [0.005, 0.25]."""
     torch.manual_seed(0)
@@ -93,25 +111,44 @@ def degrade(x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator
 Restore = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]  # (x, kernel, sigma, generator) -> the stages
 
 
-def deblurring_loss(restore: Restore, images: Sequence[Tensor], side: int, generator: torch.Generator) -> Tensor:
-    """`log_error` of four crops of that side, each with a random kernel and 0.3 to 3% noise; in mixed precision."""
+def deblurring_loss(
+    restore: Restore,
+    images: Sequence[Tensor],
+    side: int,
+    generator: torch.Generator,
+    *,
+    batch: int = 4,
+    noise: tuple[float, float] = (0.003, 0.03),
+    mixed: bool = True,
+) -> Tensor:
+    """`log_error` of crops of that side, each with a random kernel and a log-uniform level of noise.
+
+    ``mixed``: in bfloat16 where torch finds that safe; a network that sees to this itself needs it not.
+    """
     device = best_device()
-    x = patches(images, 4, side, generator).to(device)
+    x = patches(images, batch, side, generator).to(device)
     kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
-    sigma = log_uniform(0.003, 0.03, len(x), generator).to(device)
-    with torch.autocast(device.type, torch.bfloat16):  # only convolutions run in bfloat16; FFTs and sums stay in float32
+    sigma = log_uniform(*noise, len(x), generator).to(device)
+    # convolutions only, FFTs and sums stay in float32; a disabled autocast would still share casts between the stages
+    with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
         outputs = restore(x, kernel, sigma, generator)
     return log_error(outputs, x)
 
 
-def deblurring_score(restore: Restore, images: Sequence[Tensor]) -> float:
-    """Mean PSNR in dB over ``images`` at 1% noise, image i with the i-th seed's kernel and noise."""
+def deblurring_score(
+    restore: Restore, images: Sequence[Tensor], levels: Sequence[float] = (0.01,), side: int | None = None
+) -> float:
+    """Mean PSNR in dB over the corners of that side of ``images``, image i with the i-th seed's kernel and noise.
+
+    The noise has the ``levels`` in turn; ``side=None`` takes whole images.
+    """
     device, scores = best_device(), []
     with torch.no_grad():
         for i, x in enumerate(images):
             generator = torch.Generator().manual_seed(i)
             kernel = random_kernel(generator)[None, None].to(device)
-            sigma = torch.full((1, 1, 1, 1), 0.01, device=device)
+            sigma = torch.full((1, 1, 1, 1), levels[i % len(levels)], device=device)
+            x = x[..., :side, :side]
             scores.append(psnr(restore(x.to(device), kernel, sigma, generator)[-1].cpu(), x).item())
     return sum(scores) / len(scores)
 

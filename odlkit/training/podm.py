@@ -29,8 +29,8 @@ from odlkit.training.padnet import (
     deblurring_loss,
     deblurring_score,
     degrade,
-    fit_denoiser,
     pictures,
+    train_denoiser,
 )
 
 UNITS, FIRST = 6, 0.2  # networks of deblurring, neighbouring stages share one; the level of the first stage
@@ -43,17 +43,9 @@ def denoiser(out: Path, resume: bool = False, steps: int = 4000, width: int = 64
     """Train A, six convolutions with ELU, to estimate noise of every level alpha in [0.003, 0.25]."""
     torch.manual_seed(0)
     net = ResidualNet([ConvUnit(width=width, depth=6, activation="elu")])
-    record = fit_denoiser(net, (0.003, 0.25), steps=steps, lr=1e-3, out=out, name="podm-denoiser", resume=resume)
-    card = {
-        "name": "podm-denoiser",
-        "what": "PODM's network A, trained greedily as a denoiser for every noise level: six convolutions with ELU",
-        "recipe": "odlkit train podm-denoiser",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-        "network": {"kind": "conv", "units": [net.units[0].config], "bound": None},
-        "schedule": {"first": 0.25, "last": 0.003},
-    }
-    save_weights(net, out / "podm-denoiser.safetensors", card | record, torch.float16)
-    return net
+    what = "PODM's network A, trained greedily as a denoiser for every noise level: six convolutions with ELU"
+    levels = (0.003, 0.25)
+    return train_denoiser(net, "conv", levels, what, steps=steps, lr=1e-3, out=out, name="podm-denoiser", resume=resume)
 
 
 def start(out: Path, resume: bool, stages: int, first: float, last: float | None, width: int) -> RelaxedNet:
