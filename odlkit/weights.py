@@ -66,6 +66,11 @@ def load(name: str) -> nn.Module:
         from odlkit.models.hodl_deblur import Deconvolution
 
         model = Deconvolution(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] in ("dgunet", "sensing"):
+        from odlkit.models.dgunet import DGUNet, Sensing, Setting
+
+        config = {key: value for key, value in network.items() if key != "kind"}
+        model = DGUNet(Setting(**config)) if network["kind"] == "dgunet" else Sensing(**config)
     elif network["kind"] == "classifier":
         model = Classifier(network["widths"])
     else:

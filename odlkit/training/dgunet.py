@@ -1,4 +1,4 @@
-"""Recipes for DGUNet at a size that a processor trains: compressive sensing with a learned matrix.
+"""Recipes for DGUNet at a size that a processor trains: what they share, and compressive sensing with a learned matrix.
 
 As the paper: Adam with a warm-up and a cosine, the loss over the images of all stages.  Patches of 64 hold four blocks, so
 that the borders of blocks are seen in training; the released models add that as a second run.
@@ -6,15 +6,18 @@ that the borders of blocks are seen in training; the released models add that as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
+from odlkit.linear import LinearMap
 from odlkit.metrics import psnr
-from odlkit.models.dgunet import Sensing
+from odlkit.models.dgunet import DGUNet, Sensing
 from odlkit.training.loop import fit, patches, save_weights
 from odlkit.training.padnet import HELD_OUT, best_device, pictures
 
@@ -24,6 +27,72 @@ SMALL = {"width": 16, "step": 8, "tail": 8, "stages": 5, "scales": 3, "fused": 2
 def all_stages(images: Sequence[Tensor], x: Tensor) -> Tensor:
     """The mean over stages of ``||x^k - x||^2`` a pixel.  Eq: DGUNet (10)."""
     return torch.stack([(image.float() - x).square().mean() for image in images]).mean()
+
+
+def charbonnier(images: Sequence[Tensor], x: Tensor, edges: float = 0.0) -> Tensor:
+    """Mean over stages and pixels of ``c(x^k - x) + edges c(L x^k - L x)``, ``c(t) = sqrt(t^2 + 1e-6)``, L the Laplacian.
+
+    The loss of the released models, ``edges = 0.05`` for deraining and deblurring; the paper's text has `all_stages`.
+    """
+
+    def laplacian(z: Tensor) -> Tensor:
+        z = nnf.pad(z, (1, 1, 1, 1), mode="replicate")
+        return z[..., 1:-1, 2:] + z[..., 1:-1, :-2] + z[..., 2:, 1:-1] + z[..., :-2, 1:-1] - 4 * z[..., 1:-1, 1:-1]
+
+    def c(t: Tensor) -> Tensor:
+        return (t.square() + 1e-6).sqrt().mean()
+
+    errors = [image.float() - x for image in images]
+    return torch.stack([c(e) + (edges * c(laplacian(e)) if edges else 0.0) for e in errors]).mean()
+
+
+Sample = Callable[[torch.Generator], tuple[Tensor, Tensor, LinearMap | None]]  # (x, y, A), A of a network that is given it
+
+
+def restorer(
+    out: Path,
+    resume: bool = False,
+    *,
+    name: str,
+    what: str,
+    data: str,
+    sample: Sample,
+    held: Sequence[tuple[Tensor, Tensor, LinearMap | None]],
+    setting: str = "derain",
+    edges: float = 0.05,
+    steps: int = 3000,
+    lr: float = 1e-3,
+    **changes: Any,
+) -> None:
+    """Train a DGUNet on what ``sample`` draws, ``(B, C, H, W)`` in [0, 1], and write its weights and card.
+
+    ``held`` are the pairs to validate on; ``changes`` go to `Setting`, over `SMALL`.
+    """
+    torch.manual_seed(0)
+    device = best_device()
+    net = DGUNet(setting, **(SMALL | changes)).to(device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x, y, operator = sample(generator)
+        x, y = x.to(device), y.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            return charbonnier(net(y, operator), x, edges)
+
+    def validate() -> float:
+        with torch.no_grad():
+            scores = [psnr(net(y.to(device), operator)[-1].cpu().clamp(0, 1), x).mean().item() for x, y, operator in held]
+        return sum(scores) / len(scores)
+
+    record = fit(net, loss, steps=steps, lr=lr, out=out, name=name, resume=resume, validate=validate)
+    card = {
+        "name": name,
+        "what": what,
+        "recipe": f"odlkit train {name}",
+        "data": data,
+        "network": {"kind": "dgunet", **net.config},
+        "schedule": {},
+    }
+    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
 
 
 def sensing(out: Path, resume: bool = False, *, ratio: float, steps: int = 5000) -> None:
