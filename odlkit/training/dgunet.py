@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from odlkit.linear import LinearMap
 from odlkit.metrics import psnr
 from odlkit.models.dgunet import DGUNet, Sensing
 from odlkit.training.loop import fit, patches, save_weights
@@ -46,7 +45,7 @@ def charbonnier(images: Sequence[Tensor], x: Tensor, edges: float = 0.0) -> Tens
     return torch.stack([c(e) + (edges * c(laplacian(e)) if edges else 0.0) for e in errors]).mean()
 
 
-Sample = Callable[[torch.Generator], tuple[Tensor, Tensor, LinearMap | None]]  # (x, y, A), A of a network that is given it
+Pair = tuple[Any, ...]  # (x, y), and for a network that is given it A: (x, y, A), (x, y, A, x0)
 
 
 def restorer(
@@ -56,8 +55,8 @@ def restorer(
     name: str,
     what: str,
     data: str,
-    sample: Sample,
-    held: Sequence[tuple[Tensor, Tensor, LinearMap | None]],
+    sample: Callable[[torch.Generator], Pair],
+    held: Sequence[Pair],
     setting: str = "derain",
     edges: float = 0.05,
     steps: int = 3000,
@@ -66,21 +65,24 @@ def restorer(
 ) -> None:
     """Train a DGUNet on what ``sample`` draws, ``(B, C, H, W)`` in [0, 1], and write its weights and card.
 
-    ``held`` are the pairs to validate on; ``changes`` go to `Setting`, over `SMALL`.
+    A draw is ``(x, y)``, or ``(x, y, A)`` or ``(x, y, A, x0)`` for a network that is given A.  ``held`` are draws to
+    validate on; ``changes`` go to `Setting`, over `SMALL`.
     """
     torch.manual_seed(0)
     device = best_device()
     net = DGUNet(setting, **(SMALL | changes)).to(device)
 
+    def restore(given: Sequence[Any]) -> list[Tensor]:
+        return net(*(t.to(device) if isinstance(t, Tensor) else t for t in given))
+
     def loss(generator: torch.Generator) -> Tensor:
-        x, y, operator = sample(generator)
-        x, y = x.to(device), y.to(device)
+        x, *given = sample(generator)
         with torch.autocast(device.type, torch.bfloat16):
-            return charbonnier(net(y, operator), x, edges)
+            return charbonnier(restore(given), x.to(device), edges)
 
     def validate() -> float:
         with torch.no_grad():
-            scores = [psnr(net(y.to(device), operator)[-1].cpu().clamp(0, 1), x).mean().item() for x, y, operator in held]
+            scores = [psnr(restore(given)[-1].cpu().clamp(0, 1), x).mean().item() for x, *given in held]
         return sum(scores) / len(scores)
 
     record = fit(net, loss, steps=steps, lr=lr, out=out, name=name, resume=resume, validate=validate)
