@@ -72,12 +72,12 @@ def scale_known(x: Tensor, generator: torch.Generator, scale: int | None = None)
 KINDS = (blur_known, mask_known, scale_known)
 
 
-def motion(out: Path, resume: bool = False, steps: int = 3000) -> None:
+def motion(out: Path, resume: bool = False, steps: int = 2400) -> None:
     """Blur of an unknown random kernel and a little noise: A and its adjoint are learned."""
     train, held = pictures()
 
     def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return blurred(patches(train, 5, 80 + KERNEL - 1, generator), generator)
+        return blurred(patches(train, 4, 72 + KERNEL - 1, generator), generator)
 
     restorer(
         out, resume, name="dgunet-deblur", sample=sample, setting="deblur", channels=1, steps=steps,
@@ -87,13 +87,13 @@ def motion(out: Path, resume: bool = False, steps: int = 3000) -> None:
     )  # fmt: skip
 
 
-def known(out: Path, resume: bool = False, steps: int = 3000) -> None:
+def known(out: Path, resume: bool = False, steps: int = 2500) -> None:
     """Each step one of three operators, which the network is given: blur, mask, decimation."""
     train, held = pictures()
 
     def sample(generator: torch.Generator) -> Known:
         kind = KINDS[int(torch.randint(len(KINDS), (), generator=generator))]
-        return kind(patches(train, 6, 72, generator), generator)
+        return kind(patches(train, 5, 72, generator), generator)
 
     restorer(
         out, resume, name="dgunet-known", sample=sample, held=known_pairs(held), setting="deblur", edges=0.0,
