@@ -16,6 +16,7 @@ RECIPES = {
     "gdc-inpaint": "odlkit.training.gdc:inpaint",
     "dgunet-cs-10": "odlkit.training.dgunet:sensing_10",
     "dgunet-cs-25": "odlkit.training.dgunet:sensing_25",
+    "dgunet-denoise": "odlkit.training.camera:denoise",
     "dgunet-deblur": "odlkit.training.restore:motion",
     "dgunet-known": "odlkit.training.restore:known",
     "hodl-denoiser": "odlkit.training.hodl:denoiser",
