@@ -187,7 +187,7 @@ class Mixture:
         return real + [(clean, clean + 25 / 255 * n, None) for clean, n in zip(x, noise, strict=True)]
 
 
-def denoise(out: Path, resume: bool = False, steps: int = 3500) -> None:
+def denoise(out: Path, resume: bool = False, steps: int = 3000) -> None:
     """One blind network for real and for Gaussian noise, colour or gray (as three equal channels)."""
     mixture = Mixture()
     restorer(
