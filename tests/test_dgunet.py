@@ -210,4 +210,12 @@ def test_what_does_not_fit_is_refused():
         small(channels=1, known=True)(torch.rand(1, 1, 9, 8), Blur(kernel().float()))
     with pytest.raises(ValueError, match="^ratio: expected a share"):
         Sensing(1.5)
+    with pytest.raises(ValueError, match=r"^y: expected images \(B, C, H, W\) of 3 channels, got \(1, 1, 8, 8\)"):
+        small()(torch.rand(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"^y: expected images .* of 3 channels, got \(3, 8, 8\)"):
+        small()(torch.rand(3, 8, 8))
+    sensing = Sensing(0.1, size=8, **SMALL)
+    for shape in [(1, 8, 2, 2), (1, 14, 2, 2), (7, 2, 2), (1, 7, 0, 2), (1, 1, 16, 16)]:
+        with pytest.raises(ValueError, match=r"^y: expected measurements \(B, 7, h, w\), 7 of each block, got"):
+            sensing(torch.rand(shape))
     assert set(RELEASED) == set(SETTINGS) - {"text"}

@@ -172,6 +172,8 @@ class DGUNet(nn.Module):
         if count < 2:
             raise ValueError(f"stages: expected at least 2, got {count}")
         x = (y if operator is None else operator.A_adjoint(y)) if x0 is None else x0
+        if x.dim() != 4 or x.shape[1] != s.channels:
+            raise ValueError(f"y: expected images (B, C, H, W) of {s.channels} channels, got {tuple(x.shape)}")
         height, width = x.shape[-2:]
         single = operator is None and max(height, width) <= block  # whose instance norm would have one value
         pad = (0, -width % block + block * single, 0, -height % block)
@@ -216,6 +218,13 @@ class Sensing(nn.Module):
         """A, on pictures whose sides are multiples of the block."""
         return BlockSampling(self.phi)
 
+    def check(self, y: Tensor) -> None:
+        """Raise ``ValueError`` unless ``y`` has the shape of measurements, ``(B, M, H / size, W / size)``."""
+        if y.dim() != 4 or y.shape[1] != len(self.phi) or 0 in y.shape:
+            expected = f"measurements (B, {len(self.phi)}, h, w), {len(self.phi)} of each block"
+            raise ValueError(f"y: expected {expected}, got {tuple(y.shape)}")
+
     def forward(self, y: Tensor) -> list[Tensor]:
-        """``x^1 ... x^K`` from measurements ``(B, M, H / size, W / size)``."""
+        """``x^1 ... x^K`` from measurements ``(B, M, H / size, W / size)``; raises ``ValueError`` for other shapes."""
+        self.check(y)
         return self.net(y, self.operator)
