@@ -61,12 +61,13 @@ def mask_known(x: Tensor, generator: torch.Generator) -> Known:
 
 
 def scale_known(x: Tensor, generator: torch.Generator, scale: int | None = None) -> Known:
-    """Bicubic (60%) or plain decimation by 2, 3 or 4, no noise; ``s A`` and ``s y``, so that the norm is about 1."""
+    """Bicubic (60%) or plain decimation by 2, 3 or 4, no noise; A and y over ``||A||``, the norm of the other operators."""
     scale = scale or SCALES[int(torch.randint(len(SCALES), (), generator=generator))]
     bicubic = bool(torch.rand((), generator=generator) < 0.6)
     operator = BlurDecimate(bicubic_kernel(scale).to(x) if bicubic else torch.ones(1, 1), scale)
     y = operator.A(x)
-    return x, scale * y, scale * operator, tikhonov(operator, y, SMOOTH)
+    norm = operator.eigenvalue_range(x)[1] ** 0.5
+    return x, y / norm, 1 / norm * operator, tikhonov(operator, y, SMOOTH)
 
 
 KINDS = (blur_known, mask_known, scale_known)
@@ -87,7 +88,7 @@ def motion(out: Path, resume: bool = False, steps: int = 2400) -> None:
     )  # fmt: skip
 
 
-def known(out: Path, resume: bool = False, steps: int = 2500) -> None:
+def known(out: Path, resume: bool = False, steps: int = 2200) -> None:
     """Each step one of three operators, which the network is given: blur, mask, decimation."""
     train, held = pictures()
 
