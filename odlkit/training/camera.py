@@ -24,7 +24,7 @@ from odlkit.training.dgunet import restorer
 from odlkit.training.loop import patches
 from odlkit.training.padnet import pictures
 
-SIDE = 64
+SIDE = 48  # of the patches: noise is local
 HELD = ("Canon5D2_5_160_6400_circuit_8", "Canon80D_8_8_6400_comproom_12")  # validation pairs, never trained on
 MOST = 55 / 255  # the strongest Gaussian noise drawn
 
@@ -187,7 +187,7 @@ class Mixture:
         return real + [(clean, clean + 25 / 255 * n, None) for clean, n in zip(x, noise, strict=True)]
 
 
-def denoise(out: Path, resume: bool = False, steps: int = 3000) -> None:
+def denoise(out: Path, resume: bool = False, steps: int = 2600) -> None:
     """One blind network for real and for Gaussian noise, colour or gray (as three equal channels)."""
     mixture = Mixture()
     restorer(
