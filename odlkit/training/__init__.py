@@ -7,6 +7,7 @@ RECIPES = {
     "podm-denoiser": "odlkit.training.podm:denoiser",
     "rpodm-deblur": "odlkit.training.podm:deblur",
     "rpodm-sr": "odlkit.training.podm:super_resolution",
+    "padnet-haze": "odlkit.training.haze:joint",
     "gdc-generator": "odlkit.training.gdc:generator_network",
     "gdc-classifier": "odlkit.training.gdc:classifier_network",
     "gdc-deblur-gm": "odlkit.training.gdc:deblur_gm",

@@ -34,7 +34,8 @@ def patches(images: Sequence[Tensor], batch: int, size: int, generator: torch.Ge
 def log_error(outputs: Sequence[Tensor], x: Tensor) -> Tensor:
     """Mean over the items of ``log10 (MSE + 1e-6)``, mostly of the last of the stages' outputs."""
     errors = [torch.log10((v.to(x) - x).square().mean((1, 2, 3)) + 1e-6).mean() for v in outputs]
-    return errors[-1] + 0.1 * torch.stack(errors[len(errors) // 2 : -1]).mean()
+    before = errors[len(errors) // 2 : -1]
+    return errors[-1] + 0.1 * torch.stack(before).mean() if before else errors[-1]
 
 
 def fit(
