@@ -50,11 +50,9 @@ def dehaze(
     x = radiance(hazy, outcome.x, light)[:, : y.shape[1]]
     gray = ["gray: no colour to tell haze from white things, and a network trained on colour"] if y.shape[1] == 1 else []
     t = outcome.x.flatten(1)
-    about = {
-        "airlight": light.flatten(1).tolist(),
-        "transmission": {"mean": t.mean(1).tolist(), "least": t.amin(1).tolist()},
-    }
-    told = report("dehaze", model, clock, [outcome], y, x, notes=gray, **about)
+    ends = {"mean": t.mean(1).tolist(), "least": t.amin(1).tolist()}
+    told = report("dehaze", model, clock, [outcome], y, x, notes=gray,
+                  airlight=light.flatten(1).tolist(), transmission=ends)  # fmt: skip
     told["certificate"]["of"] = "the transmission; the airlight and the model of haze are taken as they are"
     return x, told
 

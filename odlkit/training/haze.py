@@ -126,11 +126,11 @@ def score(net: ResidualNet, held: list[Tensor]) -> float:
 
 
 def greedy(out: Path, resume: bool = False, steps: int = 4000, width: int = 48) -> ResidualNet:
-    """Train seventeen convolutions with batch normalization on one move; what they say of the picture's channels is nought."""
+    """Train seventeen convolutions with batch normalization on one move; the picture's channels stay as they are."""
     torch.manual_seed(0)
     unit = ConvUnit(channels=4, width=width, depth=LAYERS, fold=FOLD, batch_norm=True)
     last = unit.layers[-1]
-    with torch.no_grad():  # their gradient is zero as well, so the picture's channels stay as they are
+    with torch.no_grad():  # no loss sees them, so they stay zero
         last.weight[FOLD**2 :] = 0  # type: ignore[index]
         last.bias[FOLD**2 :] = 0  # type: ignore[index]
     net = ResidualNet([unit]).to(best_device())
