@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from odlkit import weights
 from odlkit.metrics import psnr
 from odlkit.models.dgunet import DGUNet, Sensing
 from odlkit.training.loop import fit, patches, save_weights
 from odlkit.training.padnet import HELD_OUT, best_device, pictures
 
-SMALL = {"width": 16, "step": 8, "tail": 8, "stages": 5, "scales": 3, "fused": 2}
+SMALL: dict[str, Any] = {"width": 16, "step": 8, "tail": 8, "stages": 5, "scales": 3, "fused": 2}
 
 
 def all_stages(images: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -97,14 +98,35 @@ def restorer(
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
 
 
-def sensing(out: Path, resume: bool = False, *, ratio: float, steps: int = 5000) -> None:
-    """Matrix and network together, for one ratio: gray patches of 64, blocks of 32, no noise."""
+def sensing(
+    out: Path,
+    resume: bool = False,
+    *,
+    ratio: float,
+    name: str | None = None,
+    steps: int = 5000,
+    side: int = 64,
+    batch: int = 8,
+    lr: float = 1e-3,
+    begin: Sensing | None = None,
+    told: str = "",
+    **changes: Any,
+) -> Sensing:
+    """Train matrix and network together, for one ratio, and write weights and card: gray patches, blocks of 32, no noise.
+
+    It starts from the network ``begin``, where one is given, and from its matrix if that has the same ratio; ``told`` says
+    so in the card.  ``changes`` go to `Setting`; without any the network is the released one.  Source: DGUNet section 4.5.
+    """
     torch.manual_seed(0)
     device, (train, held) = best_device(), pictures()
-    net, name = Sensing(ratio, **SMALL).to(device), f"dgunet-cs-{round(100 * ratio)}"
+    net, name = Sensing(ratio, **changes).to(device), name or f"dgunet-cs-{round(100 * ratio)}"
+    if begin is not None:
+        fresh = net.state_dict()
+        kept = {key: value for key, value in begin.state_dict().items() if value.shape == fresh[key].shape}
+        net.load_state_dict(fresh | kept)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 8, 64, generator).to(device)
+        x = patches(train, batch, side, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             return all_stages(net(net.operator.A(x)), x)
 
@@ -113,16 +135,38 @@ def sensing(out: Path, resume: bool = False, *, ratio: float, steps: int = 5000)
         with torch.no_grad():
             return psnr(net(net.operator.A(x))[-1], x).mean().item()
 
-    record = fit(net, loss, steps=steps, lr=1e-3, out=out, name=name, resume=resume, validate=validate)
+    record = fit(net, loss, steps=steps, lr=lr, out=out, name=name, resume=resume, validate=validate)
+    what = f"DGUNet for compressive sensing at {ratio:.0%}, with its sampling matrix; {net.net.setting.stages} stages"
     card = {
         "name": name,
-        "what": f"DGUNet for compressive sensing at {ratio:.0%}, with its sampling matrix; {SMALL['stages']} stages",
+        "what": what + told,
         "recipe": f"odlkit train {name}",
         "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
         "network": {"kind": "sensing", **net.config},
         "schedule": {},
     }
     save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    return net
 
 
-sensing_10, sensing_25 = (partial(sensing, ratio=ratio) for ratio in (0.10, 0.25))
+def sensing_after(out: Path, resume: bool = False, *, ratio: float, first: str = "dgunet-cs-10", steps: int = 1500) -> None:
+    """`sensing` for the time that is left: from the network of another ratio, with a matrix of its own."""
+    begin: Any = weights.load(first)
+    sensing(out, resume, ratio=ratio, steps=steps, begin=begin, told=f"; its network began as that of {first}", **SMALL)
+
+
+def sensing_paper(out: Path, resume: bool = False, *, ratio: float, steps: tuple[int, int] = (20_000, 10_000)) -> None:
+    """The released network at the paper's scale: 200 epochs of single blocks, batches of 128, then 100 of patches of 64.
+
+    train400 is the paper's BSD400.  It does not say how many blocks make an epoch: here as many as tile the pictures.  The
+    second run, which sees borders of blocks, is that of the released models.  For a GPU.
+    """
+    name, lr = f"dgunet-cs-{round(100 * ratio)}-paper", 1e-4
+    blocks = sensing(out, resume, ratio=ratio, name=f"{name}-blocks", steps=steps[0], side=32, batch=128, lr=lr)
+    told = "; the released setting, trained on single blocks first"
+    sensing(out, resume, ratio=ratio, name=name, steps=steps[1], side=64, batch=32, lr=lr, begin=blocks, told=told)
+
+
+sensing_10, sensing_25 = (partial(sensing, ratio=ratio, **SMALL) for ratio in (0.10, 0.25))
+sensing_1, sensing_4, sensing_50 = (partial(sensing_after, ratio=ratio) for ratio in (0.01, 0.04, 0.50))
+sensing_10_paper, sensing_25_paper = (partial(sensing_paper, ratio=ratio) for ratio in (0.10, 0.25))
