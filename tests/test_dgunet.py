@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from odlkit.bench.dgunet_ablation import VARIANTS, built, one
 from odlkit.models.dgunet import SETTINGS, DGUNet, GradientStep, LearnedMap, Sensing, Setting
 from odlkit.networks.hourglass import Fusion, Projection
 from odlkit.operators import Blur, Mask
@@ -219,3 +220,22 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=r"^y: expected measurements \(B, 7, h, w\), 7 of each block, got"):
             sensing(torch.rand(shape))
     assert set(RELEASED) == set(SETTINGS) - {"text"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_ablation_leaves_a_network_that_learns_with_all_it_has(name):
+    """What each removes: parameters, or nothing for the loss; more stages add some."""
+    torch.manual_seed(0)
+    net, full = built(name), built("full")
+    all_stages(net(torch.rand(1, 1, 32, 32)), torch.rand(1, 1, 32, 32)).backward()
+    assert not [key for key, p in net.named_parameters() if p.grad is None]
+    more = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in full.parameters())
+    assert (more > 0) == (name == "7 stages") and (more == 0) == (name in ("full", "loss on the last stage"))
+
+
+def test_a_recorded_ablation_goes_on_from_its_checkpoint(tmp_path):
+    x = [torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))]
+    first = one("3 stages", 0, tmp_path, x, x[0], x[0], steps=2)
+    stamp = (tmp_path / "3-stages-0.pt").read_bytes()
+    assert one("3 stages", 0, tmp_path, x, x[0], x[0], steps=2)["psnr"] == first["psnr"]
+    assert (tmp_path / "3-stages-0.pt").read_bytes() == stamp

@@ -20,6 +20,8 @@ PLACES = {
     "gdc-deblur": "odlkit.bench.gdc:deblur",
     "gdc-inpaint": "odlkit.bench.gdc:interpolate",
     "gdc-smooth": "odlkit.bench.gdc:smoothing",
+    "dgunet-ablation": "odlkit.bench.dgunet_ablation:run",
+    "dgunet-cs": "odlkit.bench.dgunet_cs:run",
     "hodl-lambda": "odlkit.bench.hodl_lambda:run",
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
