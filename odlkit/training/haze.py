@@ -125,7 +125,7 @@ def score(net: ResidualNet, held: list[Tensor]) -> float:
     return total / len(held)
 
 
-def greedy(out: Path, resume: bool = False, steps: int = 4000, width: int = 48) -> ResidualNet:
+def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) -> ResidualNet:
     """Train seventeen convolutions with batch normalization on one move; the picture's channels stay as they are."""
     torch.manual_seed(0)
     unit = ConvUnit(channels=4, width=width, depth=LAYERS, fold=FOLD, batch_norm=True)
@@ -149,7 +149,7 @@ def greedy(out: Path, resume: bool = False, steps: int = 4000, width: int = 48) 
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
-def joint(out: Path, resume: bool = False, steps: int = 900, width: int = 48) -> None:
+def joint(out: Path, resume: bool = False, steps: int = 500, width: int = 32) -> None:
     """Fine-tune through the iteration, then write the weights and their card."""
     net = greedy(out, resume=True, width=width).to(best_device())
     train, held = pictures()
