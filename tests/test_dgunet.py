@@ -224,13 +224,13 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_an_ablation_leaves_a_network_that_learns_with_all_it_has(name):
-    """What each removes: parameters, or nothing for the loss; more stages add some."""
+    """Each removes parameters, but the loss, which removes none."""
     torch.manual_seed(0)
     net, full = built(name), built("full")
     all_stages(net(torch.rand(1, 1, 32, 32)), torch.rand(1, 1, 32, 32)).backward()
     assert not [key for key, p in net.named_parameters() if p.grad is None]
     more = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in full.parameters())
-    assert (more > 0) == (name == "7 stages") and (more == 0) == (name in ("full", "loss on the last stage"))
+    assert more <= 0 and (more == 0) == (name in ("full", "loss on the last stage"))
 
 
 def test_a_recorded_ablation_goes_on_from_its_checkpoint(tmp_path):
