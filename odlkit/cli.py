@@ -140,7 +140,11 @@ def _options(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
 @click.argument("input")
 @click.option("-o", "--output", required=True, help="Where the restored image goes: .png, .jpg, .bmp or .tif.")
 @click.option("--model", default=None, help="One of `odlkit models` (default: the task's first).")
-@click.option("--kernel", default=None, help="Convolution kernel, .npy or image, centre at (h // 2, w // 2).")
+@click.option(
+    "--kernel",
+    default=None,
+    help="Convolution kernel, .npy or image, centre at (h // 2, w // 2); dgunet can do without.",
+)
 @click.option("--sigma", type=float, default=None, help="Noise level for values in [0, 1]; estimated if left out.")
 @click.option("--boundary", default=None, help="unknown (photographs, the default) or circular.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

@@ -114,7 +114,7 @@ def test_bad_options_are_refused(folder, words):
     "words,name",
     [(["restore", "sharpen", "a.png", "-o", "b.png"], "task: expected one of deblur"), (["restore"], "task: expected"),
      (["restore", "deblur"], "input: expected"), (["restore", "deblur", "a.png"], "output: expected"),
-     (["restore", "deblur", "a.png", "-o", "b.png"], "kernel: expected"), (["certify", "no-theorem"], "name: expected"),
+     (["restore", "inpaint", "a.png", "-o", "b.png"], "mask: expected"), (["certify", "no-theorem"], "name: expected"),
      (["train", "no-recipe"], "recipe: expected"), (["data", "fetch", "no-set"], "data: unknown set"),
      (["fly"], "No such command"), (["bench"], "suite: expected"),
      (["certify", "--json", "no/such/folder/c.json"], "json: expected")],

@@ -14,9 +14,9 @@ from odlkit.tasks.deblur import MODELS, deblur, estimate_noise, extend, good_siz
 
 NETWORKS = {"ipadnet": "padnet-image", "epadnet": "padnet-image", "rpodm": "rpodm-deblur", "podm": "podm-denoiser"}
 NETWORKS |= {"gdc": "gdc-deblur-gdc", "gdc-pcm": "gdc-generator"}
-NETWORKS |= {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive"}
-GAIN = dict.fromkeys(("podm", "gdc", "gdc-pcm", "hodl"), 5) | {"hodl-nonexpansive": 2.5}  # in dB; the others 6
-UNCHECKED = ("rpodm", "gdc", "hodl")  # no theorem
+NETWORKS |= {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive", "dgunet": "dgunet-known"}
+GAIN = dict.fromkeys(("podm", "gdc", "gdc-pcm", "hodl", "dgunet"), 5) | {"hodl-nonexpansive": 2.5}  # in dB; the others 6
+UNCHECKED = ("rpodm", "gdc", "hodl", "dgunet")  # no theorem
 CLASSICAL = ["tv", "l08", "fista-wavelet"]
 
 
@@ -105,7 +105,7 @@ def test_every_model_sharpens_and_reports(model, device, report_keys):
     elif model == "rpodm":
         assert report["energies"] == [] and report["accepted"] is None and report["certificate"]["holds"] is None
         assert restored.min() >= 0 and restored.max() <= 1  # what the box guarantees
-    elif model in ("gdc", "hodl", "hodl-nonexpansive"):
+    elif model in ("gdc", "hodl", "hodl-nonexpansive", "dgunet"):
         assert report["energies"] == [] and report["accepted"] is None
         assert report["certificate"]["holds"] is (None if model in UNCHECKED else True)
     else:
@@ -225,4 +225,4 @@ def test_weights_are_checked(tmp_path, monkeypatch):
 
 
 def test_the_first_model_is_the_default():
-    assert next(iter(MODELS)) == "ipadnet" == deblur.__defaults__[1]
+    assert next(iter(MODELS)) == "ipadnet" == deblur.__defaults__[2]

@@ -19,7 +19,7 @@ from odlkit.tasks import sr as task
 from odlkit.tasks.sr import MODELS, SCALES, SMOOTH, bicubic_kernel, energy, enlarge, extend, super_resolve
 
 PLAIN = torch.ones(1, 1)
-NEEDS = {"rpodm": "rpodm-sr", "podm": "podm-denoiser", "pnp": "podm-denoiser"}
+NEEDS = {"rpodm": "rpodm-sr", "dgunet": "dgunet-known", "podm": "podm-denoiser", "pnp": "podm-denoiser"}
 ITERATED = ["rpodm", "podm", "fista", "pnp"]
 
 

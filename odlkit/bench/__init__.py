@@ -26,6 +26,7 @@ PLACES = {
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
     "hodl-deblur": "odlkit.bench.hodl_deblur:run",
+    "dgunet-deblur": "odlkit.bench.dgunet_deblur:run",
 }
 
 

@@ -33,10 +33,9 @@ class Task:
 
 TASKS = {
     "deblur": Task(
-        "remove a known blur from a photograph with noise (non-blind deconvolution)",
+        "remove the blur of a known kernel from a photograph with noise; without one (dgunet) unknown motion blur",
         "odlkit.tasks.deblur:deblur",
-        needs=("kernel",),
-        takes=("sigma", "boundary", "tile"),
+        takes=("kernel", "sigma", "boundary", "tile"),
     ),
     "sr": Task(
         "enlarge a picture 2, 3 or 4 times (super-resolution)",

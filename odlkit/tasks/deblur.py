@@ -23,6 +23,7 @@ from odlkit.problem import LeastSquares, LinkedGradient, Problem, norm_items
 from odlkit.propagate import Result, propagate
 from odlkit.propositions.padnet import bounded_moves
 from odlkit.solvers import ADMM, FISTA
+from odlkit.tasks import dgunet
 from odlkit.tasks.deblur_gdc import gdc, gdc_pcm
 from odlkit.tasks.deblur_hodl import hodl, nonexpansive
 from odlkit.tasks.deblur_podm import podm, rpodm
@@ -37,6 +38,7 @@ from odlkit.tasks.report import (
     report,
     unit_kernel,
 )
+from odlkit.tasks.tiles import tiled
 
 # Settings, chosen on BSD68 with random kernels.  The classical energies are (1/2)||A x - y||^2 + lambda R with
 # lambda = factor * sigma^2, as maximum a posteriori estimation has it: a prior that is fixed, noise of variance sigma^2.
@@ -53,7 +55,7 @@ EPADNET_HALVINGS, EPADNET_STOP, EPADNET_STEPS = 4, 0.02, 30
 
 def deblur(
     y: Tensor,
-    kernel: Tensor,
+    kernel: Tensor | None = None,
     sigma: float | None = None,
     model: str = "ipadnet",
     boundary: str = "unknown",
@@ -66,12 +68,16 @@ def deblur(
 
     ``y`` is ``(B, C, H, W)`` in [0, 1], each channel restored by itself with the same kernel; ``kernel`` is ``(h, w)`` with
     its centre at ``(h // 2, w // 2)`` and is scaled to sum 1; ``sigma`` is the standard deviation of the noise in [0, 1),
-    estimated from the picture if it is ``None``.  ``model`` is one of `MODELS`.  ``boundary="unknown"`` is for photographs,
-    ``"circular"`` for periodic data.  ``tile`` restores squares of that size one after the other, each with a margin of true
-    data, to bound the memory.  Raises ``ValueError`` for bad arguments and `PropagationError` when a run diverges.
+    estimated from the picture if it is ``None``.  Without a kernel, which only ``dgunet`` does, the blur is unknown, and
+    neither ``sigma`` nor ``boundary`` is used (`odlkit.tasks.dgunet.motion`).  ``model`` is one of `MODELS`.
+    ``boundary="unknown"`` is for photographs, ``"circular"`` for periodic data.  ``tile`` restores squares of that size one
+    after the other, with margins of true data that are blended, to bound the memory.  Raises ``ValueError`` for bad
+    arguments and `PropagationError` when a run diverges.
     """
     clock = time.monotonic()
     kernel, notes = check(y, kernel, sigma, model, boundary, tile)
+    if kernel is None:
+        return dgunet.motion(y, steps=steps, tile=tile, progress=progress)
     level = estimate_noise(y) if sigma is None else float(sigma)
     if sigma is None:
         notes.append(f"sigma: not given, estimated as {level:.4f}")
@@ -91,8 +97,10 @@ def deblur(
     return x, told
 
 
-def check(y: Tensor, kernel: Tensor, sigma: Any, model: str, boundary: str, tile: int | None) -> tuple[Tensor, list[str]]:
-    """The kernel scaled to sum 1, and notes.  Raises ``ValueError`` naming the first bad argument."""
+def check(
+    y: Tensor, kernel: Tensor | None, sigma: Any, model: str, boundary: str, tile: int | None
+) -> tuple[Tensor | None, list[str]]:
+    """The kernel, if any, scaled to sum 1, and notes.  Raises ``ValueError`` naming the first bad argument."""
     check_model(model, MODELS)
     if boundary not in ("unknown", "circular"):
         raise ValueError(f"boundary: expected unknown or circular, got {boundary!r}")
@@ -103,6 +111,12 @@ def check(y: Tensor, kernel: Tensor, sigma: Any, model: str, boundary: str, tile
         raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
     if tile is not None and (tile < 16 or boundary == "circular"):
         raise ValueError(f"tile: expected at least 16 pixels and boundary unknown, got {tile} and {boundary}")
+    if kernel is None:
+        if model != "dgunet":
+            raise ValueError(f"kernel: expected one for {model}, only dgunet does without, none was given")
+        if sigma is not None or boundary != "unknown":
+            raise ValueError("sigma and boundary: expected none without a kernel, the network for unknown blur uses neither")
+        return None, []
     kernel, notes = unit_kernel(kernel.to(y.device), (y.shape[-2], y.shape[-1]), "the image")
     return kernel.to(y.dtype), notes
 
@@ -151,19 +165,15 @@ def _whole(y, kernel, sigma, run, boundary, steps, progress) -> tuple[Tensor, li
 
 
 def _tiled(y, kernel, sigma, run, boundary, steps, progress, tile) -> tuple[Tensor, list[Outcome]]:
-    """Square by square; a margin of a kernel and 32 pixels on each side is restored with it and thrown away."""
-    from tqdm import tqdm
+    """Squares that overlap by a kernel and 32 pixels; ``tile`` is how far each may be from the next."""
+    margin, outcomes = max(kernel.shape) + 32, []
 
-    margin, (height, width) = max(kernel.shape) + 32, y.shape[-2:]
-    corners = [(i, j) for i in range(0, height, tile) for j in range(0, width, tile)]
-    x, outcomes = torch.empty_like(y), []
-    for i, j in tqdm(corners, desc="tiles", delay=3, leave=False, disable=not progress):
-        top, left = max(i - margin, 0), max(j - margin, 0)
-        part = y[..., top : i + tile + margin, left : j + tile + margin]
-        restored, parts = _whole(part, kernel, sigma, run, boundary, steps, False)
-        x[..., i : i + tile, j : j + tile] = restored[..., i - top :, j - left :][..., :tile, :tile]
-        outcomes += parts
-    return x, outcomes
+    def part(z: Tensor) -> Tensor:
+        x, parts = _whole(z, kernel, sigma, run, boundary, steps, False)
+        outcomes.extend(parts)
+        return x
+
+    return tiled(part, y, tile + margin, margin, progress, multiple=1), outcomes
 
 
 # The models: each runs on a periodic grid.
@@ -288,6 +298,7 @@ MODELS = {  # each run as run(z, blur, sigma, steps, progress)
     "gdc-pcm": Model(gdc_pcm, "GDC's Algorithm 1 on an l1 energy of Haar coefficients; descent by Proposition 1"),
     "hodl": Model(hodl, "HODL: wavelet proximal gradient after a network, one map for all steps, trained through them"),
     "hodl-nonexpansive": Model(nonexpansive, "the same with a network of Lipschitz constant 1: converges, restores less"),
+    "dgunet": Model(dgunet.deblur, "DGUNet, one network for three tasks; without a kernel one that learned motion blur"),
     "tv": Model(_tv, "isotropic total variation by ADMM"),
     "l08": Model(_l08, "l0.8 on the gradient by ADMM"),
     "fista-wavelet": Model(_fista, "l1 on orthonormal wavelet coefficients by FISTA"),

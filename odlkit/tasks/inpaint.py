@@ -21,6 +21,7 @@ from odlkit.priors import Analysis, GroupLp, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, State, Status, Trace, propagate
 from odlkit.solvers import ADMM, ProximalGradient
+from odlkit.tasks import dgunet
 from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_model, good_size, report
 
 LEVEL = 5e-4  # sigma that stands for data without noise: known pixels count as exact beside the levels of the network
@@ -173,6 +174,7 @@ def _biharmonic(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progr
 
 MODELS = {  # each run as run(y, mask, start, steps, progress)
     "gdc": Model(_gdc, "GDC's cascade of generative and corrective modules, trained jointly"),
+    "dgunet": Model(dgunet.inpaint, "DGUNet that is given A, one network for three tasks; nothing is checked"),
     "haar-l08": Model(_haar, "l0.8 on Haar coefficients, GDC's Table I, by proximal gradient"),
     "tv": Model(_tv, "isotropic total variation by ADMM"),
     "biharmonic": Model(_biharmonic, "scikit-image's biharmonic inpainting"),

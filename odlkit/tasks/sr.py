@@ -26,6 +26,7 @@ from odlkit.priors import Analysis, Box, Lp
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Record, Result, State, Status, Trace, propagate
 from odlkit.solvers import FISTA, PlugAndPlay, tikhonov
+from odlkit.tasks import dgunet
 from odlkit.tasks.deblur_podm import proposition_1
 from odlkit.tasks.report import Model, Outcome, check_finite, check_model, good_size, report, unit_kernel
 
@@ -90,8 +91,8 @@ def check(y: Tensor, scale: int, model: str, kernel: Tensor | None) -> tuple[Ten
         return bicubic_kernel(scale).to(y), []
     limit = (scale * y.shape[-2], scale * y.shape[-1])
     kernel, notes = unit_kernel(kernel.to(y.device), limit, "the enlarged image")
-    if model == "rpodm" and kernel.numel() > 1:
-        notes.append("kernel: rpodm was trained for bicubic reduction and plain decimation, not for this one")
+    if model in ("rpodm", "dgunet") and kernel.numel() > 1:
+        notes.append(f"kernel: {model} was trained for bicubic reduction and plain decimation, not for this one")
     return kernel.to(y.dtype), notes
 
 
@@ -268,6 +269,7 @@ def _none(why: str) -> dict[str, Any]:
 
 MODELS = {
     "rpodm": Model(_rpodm, "relaxed PODM, trained end to end, five stages; nothing is checked"),
+    "dgunet": Model(dgunet.super_resolve, "DGUNet that is given A, one network for three tasks; nothing is checked"),
     "podm": Model(_podm, "PODM on the l0.8 energy of Haar coefficients, a learned start, then descent by Proposition 1"),
     "fista": Model(_fista, "the same l0.8 energy by FISTA"),
     "pnp": Model(_pnp, "half-quadratic splitting with PODM's denoiser for the prior (plug-and-play)"),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from odlkit.operators import Blur, BlurDecimate, Mask, Operator, ValidBlur
 from odlkit.solvers import tikhonov
+from odlkit.tasks.dgunet import SMOOTH, START, normalized
 from odlkit.tasks.inpaint import thin_plate
-from odlkit.tasks.sr import SCALES, SMOOTH, bicubic_kernel
+from odlkit.tasks.sr import SCALES, bicubic_kernel
 from odlkit.training.dgunet import restorer
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import patches
@@ -25,7 +26,6 @@ from odlkit.training.padnet import HELD_OUT, log_uniform, pictures
 KERNEL = 19  # side of the unknown kernels: paths within 7 pixels
 NOISE = (0.001, 0.01)  # beside unknown blur
 KNOWN_NOISE = (0.003, 0.03)  # beside known blur
-START = 100.0  # the smooth start of known blur weighs ||D x||^2 with 100 sigma^2: slopes of about 0.1
 DATA = f"train400 without its last {HELD_OUT} images, which are the validation set; "
 
 
@@ -61,13 +61,14 @@ def mask_known(x: Tensor, generator: torch.Generator) -> Known:
 
 
 def scale_known(x: Tensor, generator: torch.Generator, scale: int | None = None) -> Known:
-    """Bicubic (60%) or plain decimation by 2, 3 or 4, no noise; A and y over ``||A||``, the norm of the other operators."""
+    """Bicubic (60%) or plain decimation by 2, 3 or 4, no noise; of norm 1, as the other operators."""
     scale = scale or SCALES[int(torch.randint(len(SCALES), (), generator=generator))]
     bicubic = bool(torch.rand((), generator=generator) < 0.6)
     operator = BlurDecimate(bicubic_kernel(scale).to(x) if bicubic else torch.ones(1, 1), scale)
     y = operator.A(x)
-    norm = operator.eigenvalue_range(x)[1] ** 0.5
-    return x, y / norm, 1 / norm * operator, tikhonov(operator, y, SMOOTH)
+    x0 = tikhonov(operator, y, SMOOTH)
+    A, y = normalized(operator, y, x0)
+    return x, y, A, x0
 
 
 KINDS = (blur_known, mask_known, scale_known)

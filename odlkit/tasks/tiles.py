@@ -1,0 +1,57 @@
+"""Pictures that do not fit into memory: restored square by square, the squares overlapping and blended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def tiled(
+    run: Callable[[Tensor], Tensor], y: Tensor, tile: int, overlap: int = 32, progress: bool = False, multiple: int = 8
+) -> Tensor:
+    """``run`` on squares of ``tile`` pixels of ``y`` ``(B, C, H, W)``, each overlapping the next by ``overlap`` or more.
+
+    Where squares overlap, the weight of the new one rises smoothly from 0 to 1 while that of the old one falls to 0 (a
+    partition of unity), so what is local in ``run`` leaves no seam.  Squares begin at multiples of ``multiple``, the block
+    of the coarsest scale or of a measurement; ``tile`` is rounded down to it, ``overlap`` up.  ``run`` maps ``(B, C, h, w)``
+    to the same shape, ``h, w <= tile``.  Raises ``ValueError`` where it does not, and for a tile that the overlap fills.
+    """
+    from tqdm import tqdm
+
+    if overlap < 0 or multiple < 1:
+        raise ValueError(f"overlap: expected at least 0 pixels and multiple at least 1, got {overlap} and {multiple}")
+    overlap = -(-overlap // multiple) * multiple
+    if tile < overlap + multiple:
+        raise ValueError(f"tile: expected at least {overlap + multiple} pixels, more than the squares overlap, got {tile}")
+    rows, columns = (_starts(size, tile // multiple * multiple, overlap, multiple) for size in y.shape[-2:])
+    tile = tile // multiple * multiple
+    x, told = torch.empty_like(y), tqdm(desc="tiles", delay=3, leave=False, disable=not progress)
+    for i in rows:
+        band = torch.empty_like(y[..., i : i + tile, :])
+        for j in columns:
+            part = y[..., i : i + tile, j : j + tile]
+            restored = run(part)
+            if restored.shape != part.shape:
+                raise ValueError(f"run: expected images {tuple(part.shape)}, got {tuple(restored.shape)}")
+            _paste(band, restored, j, columns, tile)
+            told.update()
+        _paste(x.mT, band.mT, i, rows, tile)  # rows are the columns of the transpose
+    return x
+
+
+def _starts(size: int, tile: int, overlap: int, multiple: int) -> list[int]:
+    """Where squares begin along a side: evenly spread, at multiples of ``multiple``, the last one reaching the end."""
+    count = max(-(-(size - tile) // (tile - overlap)), 0)
+    return [0] + [-(-(k * (size - tile)) // (count * multiple)) * multiple for k in range(1, count + 1)]
+
+
+def _paste(x: Tensor, part: Tensor, start: int, starts: list[int], tile: int) -> None:
+    """Write ``part`` into the columns of ``x`` from ``start`` on, blending it with what is there."""
+    before = starts.index(start)
+    known = starts[before - 1] + tile - start if before else 0  # columns that the part before has written
+    t = (torch.arange(known, device=x.device, dtype=x.dtype) + 0.5) / max(known, 1)
+    ramp = t * t * (3 - 2 * t)
+    old = x[..., start : start + known]
+    x[..., start : start + part.shape[-1]] = torch.cat([old.lerp(part[..., :known], ramp), part[..., known:]], dim=-1)
