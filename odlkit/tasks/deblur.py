@@ -185,10 +185,10 @@ def _ipadnet(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: b
     schedule = Schedule.between(plan["first"], sigma, plan["depth"])
     problem = Problem(LeastSquares(blur, z, 1 / sigma**2))
     result = propagate(Implicit(network, schedule), problem, z, steps=steps or plan["depth"], progress=progress)
-    return Outcome(result.x, result, _theorem_2(result, schedule, card["network"]["bound"] * z[0].numel() ** 0.5))
+    return Outcome(result.x, result, theorem_2(result, schedule, card["network"]["bound"] * z[0].numel() ** 0.5))
 
 
-def _theorem_2(result: Result, schedule: Schedule, allowed: float) -> dict[str, Any]:
+def theorem_2(result: Result, schedule: Schedule, allowed: float) -> dict[str, Any]:
     """PADNet's Theorem 2 on this run: its inequalities, with C_N as the network's clipping allows it, and the path left.
 
     Were the schedule continued, v would move at most ``sum_j C_N alpha_j + M / rho_j`` further, C_N and M as measured here.

@@ -20,7 +20,7 @@ from odlkit.models.padnet import Implicit, Schedule
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, State, Status, Trace, propagate
-from odlkit.tasks.deblur import _theorem_2 as theorem_2
+from odlkit.tasks.deblur import theorem_2
 from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
 
 CUBE = (20 / 255, 300 / 255)  # C_0 and C_1 of Meng et al.: no scene is darker or brighter
