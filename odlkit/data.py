@@ -20,6 +20,8 @@ from torch.nn import functional as nnf
 
 SAMPLES = ("camera", "astronaut", "coffee", "chelsea", "rocket", "coins", "brick", "moon", "page")
 
+PICTURES = {".png", ".bmp", ".jpg", ".jpeg", ".tif"}  # the suffixes of images
+
 
 class DataNotFound(FileNotFoundError):
     """A data set is not on this machine; the message says where it was looked for and where it comes from."""
@@ -114,8 +116,27 @@ def image(path: Path | str, gray: bool = False) -> Tensor:
 
 def images(name: str, gray: bool = True) -> list[Tensor]:
     """All pictures of a data set, each ``(1, C, H, W)`` float32 in [0, 1]."""
-    kinds = {".png", ".bmp", ".jpg", ".jpeg", ".tif"}
-    return [image(path, gray) for path in files(name) if path.suffix.lower() in kinds]
+    return [image(path, gray) for path in files(name) if path.suffix.lower() in PICTURES]
+
+
+def pairs(folder: Path | str, degraded: str = "input", clean: str = "target") -> list[tuple[Path, Path]]:
+    """``(degraded, clean)`` pictures of equal names in two folders of ``folder``, sorted by name.
+
+    ``input`` and ``target`` is the layout of Rain13K, and of GoPro and SIDD as they are prepared for training.  Raises
+    `DataNotFound` when a folder is missing and ``ValueError`` when it is empty or a picture has no partner.
+    """
+    sides = []
+    for name in (degraded, clean):
+        place = Path(folder) / name
+        if not place.is_dir():
+            raise DataNotFound(f"data: expected a folder {place} with one side of the pairs, it does not exist")
+        sides.append({path.name: path for path in place.iterdir() if path.suffix.lower() in PICTURES})
+    first, second = sides
+    alone = sorted(first.keys() ^ second.keys())
+    if alone or not first:
+        what = f"{len(alone)} without a partner, such as {alone[0]}" if alone else "no pictures"
+        raise ValueError(f"folder: expected pictures of equal names in {degraded} and {clean} of {folder}, got {what}")
+    return [(first[name], second[name]) for name in sorted(first)]
 
 
 def sample(name: str = "camera", size: int | tuple[int, int] | None = None, gray: bool = True) -> Tensor:

@@ -49,12 +49,13 @@ def fit(
     seed: int = 0,
     resume: bool = False,
     warmup: int = 100,
+    final: float = 0.01,
     save_every: int = 200,
     validate: Callable[[], float] | None = None,
     clip: float = 1.0,
     stop: int | None = None,
 ) -> dict:
-    """Minimise ``loss(generator)`` over ``model`` with Adam, linear warm-up and cosine decay to ``lr / 100``.
+    """Minimise ``loss(generator)`` over ``model`` with Adam, linear warm-up and cosine decay to ``final lr``.
 
     A checkpoint (weights, optimiser, step, generator state) is written to ``out / name.pt`` every ``save_every`` steps by
     rename, so that an interrupted run is resumed exactly with ``resume=True``.  ``stop`` ends the run early, at that step of
@@ -79,7 +80,7 @@ def fit(
     bar = tqdm(range(start, last), initial=start, total=last, desc=name, mininterval=5)
     smooth = math.nan
     for step in bar:
-        rate = min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = min(1.0, (step + 1) / warmup) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimiser.param_groups:
             group["lr"] = lr * rate
         optimiser.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -95,7 +95,8 @@ def likeness(scene: Tensor, others: tuple[Tensor, ...]) -> float:
 
     ``(1, C, H, W)`` images; gray, a quarter of the size, 128 x 128 pixels of the scene, in all four orientations.
     """
-    middle = _small(scene[..., *(slice(n // 2 - 64, n // 2 + 64) for n in scene.shape[-2:])])
+    top, left = (side // 2 - 64 for side in scene.shape[-2:])
+    middle = _small(scene[..., top : top + 128, left : left + 128])
     best = -1.0
     turned = torch.cat([middle.rot90(k, (-2, -1)) for k in range(4)])
     turned = turned - turned.mean((2, 3), keepdim=True)
@@ -129,7 +130,7 @@ def scenes() -> tuple[list[Tensor], list[Tensor]]:
 
 def _clean(name: str) -> list[Path]:
     """The clean images of a set: no hazy, dark, noisy or rainy ones."""
-    pictures = (path for path in data.files(name) if path.suffix.lower() in {".png", ".bmp", ".jpg"})
+    pictures = (path for path in data.files(name) if path.suffix.lower() in data.PICTURES)
     return [path for path in pictures if not {path.parent.name, path.stem.split("_")[-1]} & DEGRADED]
 
 
@@ -147,9 +148,9 @@ def _tests() -> tuple[Tensor, ...]:
 @cache
 def heavy_pairs() -> list[Tensor]:
     """The pairs of rain_jorder whose scene is in no test, each clean and rainy as ``(1, 6, H, W)``."""
-    clean = {path.name: path for path in _clean("rain_jorder")}
-    pairs = [torch.cat([data.image(p), data.image(p.parent.parent / "rain" / name)], 1) for name, p in clean.items()]
-    return [pair for pair in pairs if unseen([pair[:, :3]])]
+    folder = data.files("rain_jorder")[0].parent.parent
+    every = [torch.cat([data.image(clean), data.image(rain)], 1) for rain, clean in data.pairs(folder, "rain", "clean")]
+    return [pair for pair in every if unseen([pair[:, :3]])]
 
 
 def mixed(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -159,13 +160,14 @@ def mixed(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Te
     return torch.cat([x, pair[:, :3]]), torch.cat([y, pair[:, 3:]])
 
 
-def derain(out: Path, resume: bool = False, steps: int = 3000) -> None:
-    """DGUNet for rain at a size that a processor trains, on patches of 64."""
+def derain(out: Path, resume: bool = False, steps: int = 1800) -> None:
+    """DGUNet for rain at a size that a processor trains, on patches of 64; the first third at a rate that falls slowly."""
     seeds = torch.Generator().manual_seed(1)
-    held = [rainy([x], 1, 192, seeds, heavy=0.0) for x in scenes()[1]]
-    restorer(out, resume, name="dgunet-derain", steps=steps, held=[(x, y, None) for x, y in held],
-        sample=lambda generator: (*mixed(8, 64, generator), None),
-        what=f"DGUNet for rain, {SMALL['stages']} stages",
+    train = partial(
+        restorer, out, name="dgunet-derain", held=[rainy([x], 1, 192, seeds, heavy=0.0) for x in scenes()[1]],
+        sample=partial(mixed, 8, 64), what=f"DGUNet for rain, {SMALL['stages']} stages",
         data=f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, {HEAVY:.0%} of it heavy, "
         f"one patch in eight of rain_jorder; {HELD_OUT} scenes under light rain are the validation set",
     )  # fmt: skip
+    train(resume, steps=3000, stop=steps // 3)
+    train(True, steps=steps)
