@@ -61,7 +61,6 @@ def restorer(
     setting: str = "derain",
     edges: float = 0.05,
     steps: int = 3000,
-    slow: tuple[int, int] | None = None,
     lr: float = 1e-3,
     warmup: int = 100,
     final: float = 0.01,
@@ -71,8 +70,8 @@ def restorer(
     """Train a DGUNet on what ``sample`` draws, ``(B, C, H, W)`` in [0, 1], and write its weights and card.
 
     A draw is ``(x, y)``, or ``(x, y, A)`` or ``(x, y, A, x0)`` for a network that is given A.  ``held`` are draws to
-    validate on; ``changes`` go to `Setting`, over `SMALL`.  With ``slow = (n, m)`` the rate falls along a cosine of n steps
-    for the first m, and from there along the one of ``steps``.
+    validate on; ``changes`` go to `Setting`, over `SMALL`.  ``steps``, ``lr``, ``warmup``, ``final`` and ``stop``
+    are those of `fit`.
     """
     torch.manual_seed(0)
     device = best_device()
@@ -91,10 +90,8 @@ def restorer(
             scores = [psnr(restore(given)[-1].cpu().clamp(0, 1), x).mean().item() for x, *given in held]
         return sum(scores) / len(scores)
 
-    run: dict[str, Any] = {"lr": lr, "warmup": warmup, "final": final, "out": out, "name": name, "validate": validate}
-    if slow is not None:
-        fit(net, loss, steps=slow[0], stop=slow[1], resume=resume, **run)
-    record = fit(net, loss, steps=steps, resume=resume or slow is not None, **run)
+    plan: dict[str, Any] = {"steps": steps, "lr": lr, "warmup": warmup, "final": final, "stop": stop}
+    record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=validate)
     card = {
         "name": name,
         "what": what,

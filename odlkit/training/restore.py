@@ -7,6 +7,7 @@ restored channel by channel, so gray ones are enough to train on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,19 +75,24 @@ def scale_known(x: Tensor, generator: torch.Generator, scale: int | None = None)
 KINDS = (blur_known, mask_known, scale_known)
 
 
-def motion(out: Path, resume: bool = False, steps: int = 2400) -> None:
-    """Blur of an unknown random kernel and a little noise: A and its adjoint are learned."""
+def motion(out: Path, resume: bool = False, steps: int = 1400, slow: tuple[int, int] = (2400, 800)) -> None:
+    """Blur of an unknown random kernel and a little noise: A and its adjoint are learned.
+
+    The rate falls along a cosine of 2400 steps for the first 800, and from there along one of 1400.
+    """
     train, held = pictures()
 
     def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return blurred(patches(train, 4, 72 + KERNEL - 1, generator), generator)
 
-    restorer(
-        out, resume, name="dgunet-deblur", sample=sample, setting="deblur", channels=1, steps=steps,
+    run = partial(
+        restorer, out, name="dgunet-deblur", sample=sample, setting="deblur", channels=1,
         held=[blurred(x[..., :178, :178], torch.Generator().manual_seed(i)) for i, x in enumerate(held)],
         what="DGUNet for motion blur of an unknown kernel, gray or channel by channel; 5 stages, A learned",
         data=DATA + "random kernels, 80% of them motion, and noise of 0.1 to 1%",
     )  # fmt: skip
+    run(resume, steps=slow[0], stop=slow[1])
+    run(True, steps=steps)
 
 
 def known(out: Path, resume: bool = False, steps: int = 2200) -> None:
