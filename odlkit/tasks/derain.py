@@ -1,0 +1,139 @@
+"""Rain: bright streaks, much the same in every channel, over a scene that nobody saw without them.
+
+``y = x + r`` with ``r >= 0``.  DGUNet has learned what undoes it.  The classical model splits the two by direction, after
+Deng et al. (2018): streaks change little along their direction, the scene little across it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from odlkit import weights
+from odlkit.linear import Operator
+from odlkit.operators import Identity
+from odlkit.problem import LeastSquares, Problem, sum_items
+from odlkit.propagate import propagate
+from odlkit.solvers import ADMM
+from odlkit.tasks.dgunet import staged
+from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
+from odlkit.tasks.tiles import tiled
+
+OVERLAP = 64  # of tiles
+# Chosen on scenes under drawn rain that no training saw (`odlkit.training.rain.scenes`), not on Rain100L.
+TRUST, ALONG, SPARSE, PENALTY, STEPS = 0.01, 0.5, 0.2, 10.0, 40
+REACH = 4  # rows between the two pixels of a difference along the streaks
+SLOPES = range(-3, 4)  # the columns between them that are tried: up to 37 degrees from the vertical
+
+
+def derain(
+    y: Tensor, model: str = "dgunet", *, tile: int | None = None, steps: int | None = None, progress: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """Remove rain from ``y`` ``(B, C, H, W)`` in [0, 1], C = 1 or 3: an image of its shape, and a report of the run.
+
+    ``model`` is one of `MODELS`; a gray picture is restored as one of three equal channels.  ``tile`` restores squares of
+    that size one by one, each `OVERLAP` pixels larger, and blends them there.  Raises ``ValueError`` for bad arguments.
+    """
+    clock = time.monotonic()
+    check_model(model, MODELS)
+    if y.dim() != 4 or not y.is_floating_point() or y.shape[1] not in (1, 3):
+        raise ValueError(f"input: expected a floating point tensor (B, 1 or 3, H, W), got {tuple(y.shape)} of {y.dtype}")
+    check_finite(y)
+    if tile is not None and tile < 16:
+        raise ValueError(f"tile: expected at least 16 pixels, got {tile}")
+    outcomes: list[Outcome] = []
+
+    def run(z: Tensor) -> Tensor:
+        outcomes.append(MODELS[model].run(z, steps, progress and tile is None))
+        return outcomes[-1].x
+
+    x = run(y) if tile is None else tiled(run, y, tile + OVERLAP, OVERLAP, progress)
+    return x, report("derain", model, clock, outcomes, y, x, settings={"tile": tile})
+
+
+# The models: each gets the picture.
+
+
+def _dgunet(y: Tensor, steps: int | None, progress: bool) -> Outcome:
+    net: Any = weights.load("dgunet-derain").to(y)
+    outcome = staged(net, y.expand(-1, 3, -1, -1), stages=steps)
+    outcome.x = outcome.x.mean(1, keepdim=True) if y.shape[1] == 1 else outcome.x
+    outcome.certificate["statement"] += "; learned from drawn streaks, so other bright lines may go and other rain may stay"
+    return outcome
+
+
+class Directional:
+    """``||D_x x||_1 + along ||D_s (x - y)||_1 + sparse ||x - y||_1`` of ``W x = (D_x x, D_s x, x)``, ``centre = W y``."""
+
+    convex = True
+
+    def __init__(self, centre: Tensor, along: float, sparse: float):
+        self.centre = centre * torch.tensor([0.0, 1.0, 1.0]).to(centre).view(1, 3, 1, 1)
+        self.weight = torch.tensor([1.0, along, sparse]).to(centre).view(1, 3, 1, 1)
+
+    def value(self, q: Tensor) -> Tensor:
+        return sum_items(self.weight * (q - self.centre).abs())
+
+    def prox(self, z: Tensor, step: Tensor | float) -> Tensor:
+        t = z - self.centre
+        return self.centre + t.sign() * (t.abs() - step * self.weight).clamp_min(0)
+
+
+class Differences(Operator):
+    """``W x = (D_x x, D_s x, x)``, ``(B, 1, H, W) -> (B, 3, H, W)``: circular differences across streaks and along them.
+
+    ``D_s`` is over `REACH` rows and ``slope`` columns.
+    """
+
+    convolution, widening = True, 3
+
+    def __init__(self, slope: int):
+        self.along = (REACH, slope)
+
+    def A(self, x: Tensor) -> Tensor:
+        return torch.cat([x.roll(-1, -1) - x, x.roll((-self.along[0], -self.along[1]), (-2, -1)) - x, x], 1)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        across, along, same = y.split(1, 1)
+        return across.roll(1, -1) - across + along.roll(self.along, (-2, -1)) - along + same
+
+    def gram(self, x: Tensor) -> Tensor:
+        impulse = torch.zeros_like(x[:1, :1])
+        impulse[..., 0, 0] = 1
+        return torch.fft.rfft2(self.A_adjoint(self.A(impulse))).real
+
+
+def direction(y: Tensor) -> int:
+    """The one of `SLOPES` along which the bright detail of ``y`` ``(1, 1, H, W)`` changes least."""
+    detail = (y - nnf.avg_pool2d(y, 15, 1, 7, count_include_pad=False)).clamp_min(0)
+    return min(SLOPES, key=lambda slope: Differences(slope).A(detail)[:, 1].abs().sum().item())
+
+
+def _directional(y: Tensor, steps: int | None, progress: bool) -> Outcome:
+    """The mean of the channels is split, by ADMM; every channel loses the same streaks."""
+    margin = 2 * REACH
+    gray = nnf.pad(y.mean(1, keepdim=True), 4 * [margin], mode="replicate")
+    streaks, outcomes = [], []
+    for item in gray.split(1):
+        operator = Differences(direction(item))
+        problem = Problem(LeastSquares(Identity(), item, TRUST), Directional(operator.A(item), ALONG, SPARSE), operator)
+        result = propagate(ADMM(PENALTY), problem, item, steps=steps or STEPS, progress=progress)
+        outcomes.append(result)
+        streaks.append((item - result.x).clamp_min(0)[..., margin:-margin, margin:-margin])
+    words = {
+        "guarantee": "ADMM on a convex energy, any penalty (known theory)",
+        "statement": "converges to a minimiser; how near this run came is not checked, nor whether what it takes is rain",
+        "holds": None,
+    }
+    worst = max(outcomes, key=lambda result: result.residual)
+    return Outcome(y - torch.cat(streaks), worst, words)
+
+
+MODELS = {  # each run as run(y, steps, progress)
+    "dgunet": Model(_dgunet, "DGUNet, which learned what undoes rain; nothing is checked"),
+    "directional": Model(_directional, "a convex split of scene and streaks by their direction, by ADMM"),
+}
