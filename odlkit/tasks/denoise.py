@@ -1,0 +1,128 @@
+"""Noise: of a camera, unknown in level and correlated between neighbours, or Gaussian and white.
+
+DGUNet saw both, and needs no level.  The others are made for white Gaussian noise of a level ``sigma``; they take the one
+that is given, or estimate it from the finest details, where the noise of a camera hides.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from odlkit import weights
+from odlkit.operators import Identity
+from odlkit.priors import TV
+from odlkit.problem import LeastSquares, Problem, norm_items
+from odlkit.propagate import Result, State, Status, Trace, propagate
+from odlkit.solvers import ProximalGradient
+from odlkit.tasks.deblur import estimate_noise
+from odlkit.tasks.dgunet import staged
+from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
+from odlkit.tasks.tiles import tiled
+
+OVERLAP = 64  # of tiles
+MARGIN = 8  # pixels continued by the border, where total variation would join opposite sides
+TV_FACTOR = 0.65  # lambda = 0.65 sigma: between what is best for sigma = 15 and 25 on the last pictures of train400
+TV_TOLERANCE = 1e-3  # of the distance to the minimiser, relative to the picture
+
+
+def denoise(
+    y: Tensor, sigma: float | None = None, model: str = "dgunet", *, tile: int | None = None, progress: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """Remove noise from ``y`` ``(B, C, H, W)`` in [0, 1], C = 1 or 3: an image of its shape, and a report of the run.
+
+    ``model`` is one of `MODELS`; ``sigma`` in [0, 1) is the standard deviation for those that ask for it, estimated from
+    the picture if it is ``None``.  ``tile`` restores squares of that size one by one, each `OVERLAP` pixels larger, and
+    blends them there.  Raises ``ValueError`` for bad arguments.
+    """
+    clock = time.monotonic()
+    check_model(model, MODELS)
+    if y.dim() != 4 or not y.is_floating_point() or y.shape[1] not in (1, 3):
+        raise ValueError(f"input: expected a floating point tensor (B, 1 or 3, H, W), got {tuple(y.shape)} of {y.dtype}")
+    check_finite(y)
+    if sigma is not None and not 0 <= float(sigma) < 1:
+        raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
+    if tile is not None and tile < 16:
+        raise ValueError(f"tile: expected at least 16 pixels, got {tile}")
+    notes, level = [], None if sigma is None else float(sigma)
+    if model == "dgunet" and sigma is not None:
+        notes.append("sigma: not used, this network takes noise as it comes")
+    elif model != "dgunet" and level is None:
+        level = estimate_noise(y)
+        notes.append(f"sigma: not given, estimated as {level:.4f}; too low where neighbours have the same noise")
+    outcomes: list[Outcome] = []
+
+    def run(z: Tensor) -> Tensor:
+        outcomes.append(MODELS[model].run(z, level))
+        return outcomes[-1].x
+
+    x = run(y) if tile is None else tiled(run, y, tile + OVERLAP, OVERLAP, progress)
+    return x, report("denoise", model, clock, outcomes, y, x, settings={"sigma": level, "tile": tile}, notes=notes)
+
+
+# The models: each gets the picture and the level.
+
+
+def _dgunet(y: Tensor, sigma: float | None) -> Outcome:
+    """A gray picture is one of three equal channels, as in training; what comes back is averaged."""
+    net: Any = weights.load("dgunet-denoise").to(y)
+    outcome = staged(net, y.expand(-1, 3, -1, -1))
+    outcome.x = outcome.x.mean(1, keepdim=True) if y.shape[1] == 1 else outcome.x
+    outcome.certificate["statement"] += "; fine texture may go with the noise, and noise it has not seen may stay"
+    return outcome
+
+
+def _network(y: Tensor, sigma: float) -> Outcome:
+    with torch.no_grad():
+        planes = weights.load("podm-denoiser").to(y)(y.reshape(-1, 1, *y.shape[-2:]), max(sigma, 1e-3))
+    return _formula(planes.reshape(y.shape), y, "a network trained on white Gaussian noise in gray; nothing is checked")
+
+
+def _tv(y: Tensor, sigma: float) -> Outcome:
+    """One proximal step is the minimiser, up to what the duality gap of its own iteration leaves."""
+    z = nnf.pad(y, 4 * [MARGIN], mode="replicate")
+    prior = TV(TV_FACTOR * sigma, tol=TV_TOLERANCE)
+    problem = Problem(LeastSquares(Identity(), z), prior)
+    result = propagate(ProximalGradient(1.0), problem, z, steps=1)
+    words = {
+        "guarantee": "the duality gap of the strongly convex energy ||x - y||^2 / 2 + lambda TV(x)",
+        "statement": f"within {TV_TOLERANCE:g} ||y|| of the only minimiser, up to round-off",
+        "holds": True,  # otherwise the proximal map has raised NotConverged
+    }
+    return Outcome(result.x[..., MARGIN:-MARGIN, MARGIN:-MARGIN], result, words)
+
+
+def _wavelet(y: Tensor, sigma: float) -> Outcome:
+    from skimage.restoration import denoise_wavelet
+
+    colour = y.shape[1] == 3
+    items = [
+        denoise_wavelet(
+            item.permute(1, 2, 0).numpy(), sigma, "db4", "soft", convert2ycbcr=colour, channel_axis=-1, rescale_sigma=True
+        )
+        for item in y.detach().cpu().clamp(0, 1)
+    ]
+    x = torch.stack([torch.as_tensor(item).permute(2, 0, 1) for item in items]).to(y)
+    return _formula(x, y, "soft thresholds for each band of detail (BayesShrink); nothing is iterated")
+
+
+def _formula(x: Tensor, y: Tensor, statement: str) -> Outcome:
+    change = norm_items(x - y)
+    trace = Trace()
+    trace.rows.append({"change": change, "norm": norm_items(x)})
+    result = Result(x, Status.STEP_LIMIT, 1, (change / norm_items(y).clamp_min(1e-30)).max().item(), trace, State(x, 1))
+    return Outcome(x, result, {"guarantee": "none", "statement": statement, "holds": None})
+
+
+MODELS = {  # each run as run(y, sigma)
+    "dgunet": Model(
+        _dgunet, "DGUNet trained on the noise of cameras and on Gaussian noise, no level needed; nothing is checked"
+    ),
+    "network": Model(_network, "PODM's denoising network for white noise, channel by channel; nothing is checked"),
+    "tv": Model(_tv, "total variation, channel by channel, to a known distance from the minimiser"),
+    "wavelet": Model(_wavelet, "BayesShrink: soft thresholds for the wavelet coefficients of luminance and colours"),
+}
