@@ -48,6 +48,11 @@ TASKS = {
         "odlkit.tasks.inpaint:inpaint",
         needs=("mask",),
     ),
+    "denoise": Task(
+        "remove the noise of a camera, or Gaussian noise",
+        "odlkit.tasks.denoise:denoise",
+        takes=("sigma", "tile"),
+    ),
     "smooth": Task(
         "remove texture and noise, keep edges (l0 smoothing)",
         "odlkit.tasks.smooth:smooth",
