@@ -22,6 +22,8 @@ PLACES = {
     "gdc-smooth": "odlkit.bench.gdc:smoothing",
     "dgunet-ablation": "odlkit.bench.dgunet_ablation:run",
     "dgunet-cs": "odlkit.bench.dgunet_cs:run",
+    "denoise-classical": "odlkit.bench.dgunet_denoise:classical",
+    "dgunet-denoise": "odlkit.bench.dgunet_denoise:run",
     "hodl-lambda": "odlkit.bench.hodl_lambda:run",
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
