@@ -24,6 +24,7 @@ PLACES = {
     "dgunet-cs": "odlkit.bench.dgunet_cs:run",
     "denoise-classical": "odlkit.bench.dgunet_denoise:classical",
     "dgunet-denoise": "odlkit.bench.dgunet_denoise:run",
+    "dgunet-derain": "odlkit.bench.dgunet_derain:run",
     "hodl-lambda": "odlkit.bench.hodl_lambda:run",
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",

@@ -53,6 +53,11 @@ TASKS = {
         "odlkit.tasks.denoise:denoise",
         takes=("sigma", "tile"),
     ),
+    "derain": Task(
+        "remove rain streaks from a photograph",
+        "odlkit.tasks.derain:derain",
+        takes=("tile",),
+    ),
     "smooth": Task(
         "remove texture and noise, keep edges (l0 smoothing)",
         "odlkit.tasks.smooth:smooth",
