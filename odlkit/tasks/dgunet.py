@@ -100,7 +100,7 @@ def motion(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Deblur ``y`` ``(B, C, H, W)`` in [0, 1] whose kernel nobody knows: the image, of the shape of ``y``, and a report.
 
-    What undoes blur was learned from motion within 19 pixels; more is not undone.  ``tile`` restores squares of that size
+    What undoes blur was learned from motion within 13 pixels; more is not undone.  ``tile`` restores squares of that size
     one by one, each `OVERLAP` pixels larger, and blends them there.
     """
     clock = time.monotonic()

@@ -24,18 +24,18 @@ from odlkit.training.loop import patches
 from odlkit.training.masks import random_mask
 from odlkit.training.padnet import HELD_OUT, log_uniform, pictures
 
-KERNEL = 19  # side of the unknown kernels: paths within 7 pixels
+KERNEL, WIDE = 13, 19  # side of the unknown kernels, paths within 4 pixels, and of those that training begins with
 NOISE = (0.001, 0.01)  # beside unknown blur
 KNOWN_NOISE = (0.003, 0.03)  # beside known blur
 DATA = f"train400 without its last {HELD_OUT} images, which are the validation set; "
 
 
-def blurred(scene: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def blurred(scene: Tensor, generator: torch.Generator, side: int = KERNEL) -> tuple[Tensor, Tensor]:
     """``(x, y)``: each item of ``scene`` under a kernel of its own, with noise; what lies outside the picture blurs in.
 
-    Both are smaller than the scene by `KERNEL` - 1 pixels.
+    Both are smaller than the scene by ``side - 1`` pixels, ``side`` that of the kernels.
     """
-    kernels = torch.stack([random_kernel(generator, KERNEL) for _ in scene])[:, None]
+    kernels = torch.stack([random_kernel(generator, side) for _ in scene])[:, None]
     blur = ValidBlur(kernels)
     y = blur.A(scene)
     sigma = log_uniform(*NOISE, len(scene), generator)
@@ -75,24 +75,24 @@ def scale_known(x: Tensor, generator: torch.Generator, scale: int | None = None)
 KINDS = (blur_known, mask_known, scale_known)
 
 
-def motion(out: Path, resume: bool = False, steps: int = 1400, slow: tuple[int, int] = (2400, 800)) -> None:
+def motion(out: Path, resume: bool = False, steps: int = 1500, slow: tuple[int, int] = (2400, 800)) -> None:
     """Blur of an unknown random kernel and a little noise: A and its adjoint are learned.
 
-    The rate falls along a cosine of 2400 steps for the first 800, and from there along one of 1400.
+    First kernels of `WIDE` pixels, for the first 800 steps of a cosine of 2400; from there those of `KERNEL` pixels.
     """
     train, held = pictures()
 
-    def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return blurred(patches(train, 4, 72 + KERNEL - 1, generator), generator)
+    def sample(generator: torch.Generator, side: int) -> tuple[Tensor, Tensor]:
+        return blurred(patches(train, 4, 72 + side - 1, generator), generator, side)
 
     run = partial(
-        restorer, out, name="dgunet-deblur", sample=sample, setting="deblur", channels=1,
-        held=[blurred(x[..., :178, :178], torch.Generator().manual_seed(i)) for i, x in enumerate(held)],
+        restorer, out, name="dgunet-deblur", setting="deblur", channels=1,
+        held=[blurred(x[..., :172, :172], torch.Generator().manual_seed(i)) for i, x in enumerate(held)],
         what="DGUNet for motion blur of an unknown kernel, gray or channel by channel; 5 stages, A learned",
-        data=DATA + "random kernels, 80% of them motion, and noise of 0.1 to 1%",
+        data=DATA + f"random kernels within {KERNEL}x{KERNEL} pixels, 80% of them motion, and noise of 0.1 to 1%",
     )  # fmt: skip
-    run(resume, steps=slow[0], stop=slow[1])
-    run(True, steps=steps)
+    run(resume, sample=partial(sample, side=WIDE), steps=slow[0], stop=slow[1])
+    run(True, sample=partial(sample, side=KERNEL), steps=steps)
 
 
 def known(out: Path, resume: bool = False, steps: int = 2200) -> None:
