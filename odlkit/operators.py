@@ -420,8 +420,9 @@ class BlockSampling(Operator):
         return nnf.pixel_shuffle(self._apply(self._phi(y).T, y), self.size)
 
     def eigenvalue_range(self, x: Tensor) -> tuple[float, float]:
-        values = torch.linalg.eigvalsh(self.phi.double().T @ self.phi.double())
-        return (max(values[0].item(), 0.0) if len(self.phi) >= self.phi.shape[1] else 0.0), values[-1].item()
+        phi, full = self.phi.double(), len(self.phi) >= self.phi.shape[1]
+        values = torch.linalg.eigvalsh(phi.T @ phi if full else phi @ phi.T)  # the smaller of the two
+        return (max(values[0].item(), 0.0) if full else 0.0), values[-1].item()
 
     def solve(self, rhs: Tensor, rho: Tensor | float) -> Tensor:
         values, vectors = self._eigen(rhs)
