@@ -48,15 +48,25 @@ TASKS = {
         "odlkit.tasks.inpaint:inpaint",
         needs=("mask",),
     ),
-    "denoise": Task(
-        "remove the noise of a camera, or Gaussian noise",
-        "odlkit.tasks.denoise:denoise",
-        takes=("sigma", "tile"),
+    "cs": Task(
+        "recover a picture from few numbers for each block, which are measured here (compressive sensing, simulated)",
+        "odlkit.tasks.sense:sense",
+        needs=("ratio",),
+        takes=("tile",),
     ),
     "derain": Task(
         "remove rain streaks from a photograph",
         "odlkit.tasks.derain:derain",
         takes=("tile",),
+    ),
+    "dehaze": Task(
+        "remove haze from a photograph",
+        "odlkit.tasks.dehaze:dehaze",
+    ),
+    "denoise": Task(
+        "remove the noise of a camera, or Gaussian noise",
+        "odlkit.tasks.denoise:denoise",
+        takes=("sigma", "tile"),
     ),
     "smooth": Task(
         "remove texture and noise, keep edges (l0 smoothing)",
