@@ -136,9 +136,9 @@ def gaussian_rows(methods: dict[str, Method], progress: bool) -> list[dict[str, 
 
 
 WORDS = (
-    "Nikon D800 of polyu_subset and all of cc15_subset, whose cameras and scenes no training saw, and Gaussian noise on every "
-    f"second picture of BSD68 and CBSD68; centres of {SIDE} x {SIDE}, mean PSNR in dB and SSIM; gain over the noisy picture, "
-    "its standard deviation over the pictures and the least"
+    "Nikon D800 of polyu_subset and all of cc15_subset, whose cameras and scenes no training saw, and Gaussian noise on "
+    f"every second picture of BSD68 and CBSD68; centres of {SIDE} x {SIDE}, mean PSNR in dB and SSIM; gain over the noisy "
+    "picture, its standard deviation over the pictures and the least"
 )
 OTHERS = "the printed figures are for all pictures whole, ours for the centres of every second"
 TABLE_3_WORDS = (
