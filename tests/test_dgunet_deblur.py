@@ -18,6 +18,7 @@ from odlkit.tasks.deblur import deblur
 from odlkit.tasks.dgunet import KNOWN, MOTION, OVERLAP, normalized, staged
 from odlkit.tasks.inpaint import inpaint
 from odlkit.tasks.sr import SCALES, bicubic_kernel, super_resolve
+from odlkit.training import paper
 from odlkit.training import restore as recipes
 from odlkit.training.masks import missing_at_random
 
@@ -186,6 +187,27 @@ def test_the_recipes_run_and_their_weights_load(known, tmp_path, monkeypatch):
     name = KNOWN if known else MOTION
     monkeypatch.setattr(weights, "FOLDER", tmp_path)
     assert weights.load(name).setting.known is known and weights.card(name)["steps"] == 2
+
+
+def test_gopro_as_released_is_read_and_trained_on(tmp_path, monkeypatch):
+    """A folder a scene, the same names in each; blurry and sharp are not exchanged."""
+    for scene, name in (("GOPR0001_11_00", "camera"), ("GOPR0002_11_00", "coffee")):
+        x = data.sample(name, (40, 48), gray=False)
+        for side, level in (("sharp", 1.0), ("blur", 0.5)):
+            place = tmp_path / "GoPro" / "train" / scene / side
+            place.mkdir(parents=True)
+            images.write(place / "000001.png", (level * x).expand(-1, 3, -1, -1), images.Picture(x.expand(-1, 3, -1, -1)))
+    monkeypatch.setenv("ODLKIT_DATA", str(tmp_path))
+    pairs = paper.training_pairs(tmp_path / "GoPro" / "train")
+    assert [(b.parent.name, s.parent.name, b.parent.parent.name) for b, s in pairs] == [
+        ("blur", "sharp", "GOPR0001_11_00"), ("blur", "sharp", "GOPR0002_11_00")]  # fmt: skip
+    z = paper.read_pair(*pairs[1])
+    assert torch.allclose(z[:, 3:], 0.5 * z[:, :3], atol=2e-3)
+    assert paper.PLANS["deblur"]["lr"] == 1e-4 and paper.PLANS["deblur"]["size"] == 256
+    tiny = TINY | {"channels": 3, "shared": True}
+    paper.deblur(tmp_path, steps=2, batch=2, size=32, **tiny)
+    monkeypatch.setattr(weights, "FOLDER", tmp_path)
+    assert weights.load("dgunet-deblur-paper").setting.channels == 3
 
 
 def photograph(name: str, kernel: torch.Tensor, size: int, gray: bool = True):

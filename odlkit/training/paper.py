@@ -1,7 +1,8 @@
 """DGUNet at the paper's scale, for a GPU: Rain13K, GoPro and SIDD, the released settings, days of training.
 
 The folder that ``ODLKIT_DATA`` names holds the pairs as ``Rain13K/train/input`` and ``Rain13K/train/target``, pictures of
-equal names, and so on.  No weights from these recipes are shipped.
+equal names, and so on; or GoPro as it was released, a folder a scene with ``blur`` and ``sharp``.  No weights from these
+recipes are shipped.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ PLANS: dict[str, dict[str, Any]] = {  # iterations and batch are the text's; wha
 }
 
 
+def training_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """The pairs of ``folder``: `odlkit.data.pairs`, or those of its scenes where each has ``blur`` and ``sharp``."""
+    scenes = [] if (folder / "input").is_dir() else sorted(place.parent for place in folder.glob("*/sharp"))
+    return [pair for scene in scenes for pair in data.pairs(scene, "blur", "sharp")] or data.pairs(folder)
+
+
 def read_pair(degraded: Path, clean: Path, size: int = 0) -> Tensor:
     """``(1, 6, H, W)``: clean, then degraded, in colour; sides below ``size`` are continued by their border.
 
@@ -54,7 +61,7 @@ def train(out: Path, resume: bool = False, *, task: str, **changes: Any) -> None
     """Train the released setting of ``task``, one of `PLANS`; ``changes`` go over the plan and then to `Setting`."""
     plan = PLANS[task] | {key: changes.pop(key) for key in list(changes) if key in PLANS[task]}
     batch, size = plan.pop("batch"), plan.pop("size")
-    pairs = data.pairs(data.root() / FOLDERS[task] / "train")
+    pairs = training_pairs(data.root() / FOLDERS[task] / "train")
     held = pairs[:: -(-len(pairs) // HELD_OUT)]
     seen = [pair for pair in pairs if pair not in held] or held
     middles = [_middle(read_pair(*pair, size), size) for pair in held]
