@@ -34,7 +34,7 @@ BESIDE = {  # the other models of each task that run here
 }
 NETWORKS = (KNOWN, MOTION, "padnet-image", "rpodm-deblur", "gdc-deblur-gdc", "hodl-deblur", "gdc-inpaint", "rpodm-sr",
             "podm-denoiser")  # fmt: skip
-CROP, EVERY = 160, 4  # of the scenes with unknown blur: side, and every fourth picture of BSD68
+CROP, EVERY = 128, 8  # of the scenes with unknown blur: side, and every eighth picture of BSD68
 
 
 def _mean(values: Sequence[Tensor]) -> float:
