@@ -35,7 +35,7 @@ def test_every_checker_has_an_exercise_and_every_chapter_two():
     checkers = {name for name, value in vars(check).items() if hasattr(value, "__wrapped__")}
     assert checkers == {e.checker for e in KNOWN.values()}
     groups = [name.split("_")[0] for name in checkers]
-    assert len(set(groups)) == 19 and min(groups.count(g) for g in groups) >= 2
+    assert len(set(groups)) == 23 and min(groups.count(g) for g in groups) >= 2
     for name in checkers:
         assert re.match(r"``\w+\(.*\)``: ", getattr(check, name).__doc__), f"{name}: the docstring begins with the call"
 
@@ -215,6 +215,31 @@ MUTANTS = [
     ("hthm-ex-1", ").max()", ")[-1].max()", "every step"),
     ("hthm-ex-2", "return mu +", "return 0 * mu +", "proved"),
     ("hthm-ex-2", "return mu + (1 - mu) * (1 - alpha * (1 - rho))", "return 1.0", "best"),
+    ("dgu-ex-1", "w.transpose(0, 1)", "w", "shape and dtype"),
+    ("dgu-ex-1", ".flip(2, 3)", "", "adjoint identity"),
+    ("dgu-ex-2", "return v.sign()", "return 0 if rho else v.sign()", "shape and dtype"),
+    ("dgu-ex-2", "rho * weight", "weight", "one limit"),
+    ("dgu-ex-2", "rho * weight", "2 * rho * weight", "zero subgradient"),
+    ("path-ex-1", ".T @ v", ".T", "shape and dtype"),
+    ("path-ex-1", "v @ v.T", "torch.eye(3).double()", "keeps the span"),
+    ("path-ex-1", "v @ v.T, v @ g.T", "v[:, :9] @ v[:, :9].T, v[:, :9] @ g[:, :9].T", "orthogonal"),
+    ("path-ex-2", "widths[0]", "2 * widths[0]", "without fusion"),
+    ("path-ex-2", "widths[n + 1]", "widths[n]", "finest scale"),
+    ("path-ex-2", "(height >> n)", "height", "coarser scales"),
+    ("dgn-ex-1", "return Jd.norm()", "return 2 * Jd.norm()", "never more"),
+    ("dgn-ex-1", "d = torch.func.vjp(T, x)[1](Jd)[0]", "d = Jd", "within a per cent"),
+    ("dgn-ex-1", "(x,)", "(0 * x,)", "at x"),
+    ("dgn-ex-2", "1), proposal, safe)", "1), proposal, safe)[:1]", "shape and dtype"),
+    ("dgn-ex-2", "F(proposal) <= F(safe)", "F(proposal) < -1 + 0 * F(safe)", "keeps a good proposal"),
+    ("dgn-ex-2", "F(proposal) <= F(safe)", "F(proposal) < 1e9 + 0 * F(safe)", "never worse than safe"),
+    ("dgn-ex-2", "keep.view(-1, 1, 1, 1)", "keep.all()", "each picture by itself"),
+    ("dgcs-ex-1", "torch.nn.functional.pixel_shuffle(", "(", "shape and dtype"),
+    ("dgcs-ex-1", "phi, y), n)", "phi, y.roll(1, 2)), n)", "stays in its block"),
+    ("dgcs-ex-1", "phi, y)", "2 * phi, y)", "adjoint identity"),
+    ("dgcs-ex-2", "return q.T", "return q", "shape and dtype"),
+    ("dgcs-ex-2", "return q.T", "return 2 * q.T", "orthonormal rows"),
+    ("dgcs-ex-2", "qr(phi.T)", "qr(phi.T.flip(0))", "same row space"),
+    ("dgcs-ex-2", "solve(r.T, y)", "solve(r, y)", "same measurements"),
 ]  # fmt: skip
 
 
