@@ -9,6 +9,7 @@ PLACES = {
     "padnet-table-1": "odlkit.bench.padnet_table_1:run",
     "padnet-table-2": "odlkit.bench.padnet_deblur:table_2",
     "padnet-set3c": "odlkit.bench.padnet_deblur:set3c",
+    "padnet-haze": "odlkit.bench.haze:run",
     "rpodm-set3c": "odlkit.bench.podm_deblur:set3c",
     "rpodm-table-2": "odlkit.bench.podm_deblur:table_2",
     "rpodm-real": "odlkit.bench.podm_deblur:real",

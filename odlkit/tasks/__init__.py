@@ -68,6 +68,10 @@ TASKS = {
         "odlkit.tasks.denoise:denoise",
         takes=("sigma", "tile"),
     ),
+    "dehaze": Task(
+        "remove haze from a photograph",
+        "odlkit.tasks.dehaze:dehaze",
+    ),
     "smooth": Task(
         "remove texture and noise, keep edges (l0 smoothing)",
         "odlkit.tasks.smooth:smooth",
