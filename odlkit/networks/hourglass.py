@@ -57,8 +57,8 @@ class ResidualBlock(nn.Module):
         self.second = nn.Conv2d(outside, outside, 3, padding=1)
         self.shortcut = nn.Identity() if text and inside == outside else nn.Conv2d(inside, outside, 1)
         self.norm = nn.InstanceNorm2d(outside // 2, affine=True) if norm and not text else None
-        self.bend: nn.Module = nn.PReLU() if text else nn.LeakyReLU(0.2)
-        self.end: nn.Module = nn.Identity() if text else nn.LeakyReLU(0.2)
+        self.bend: nn.Module = nn.PReLU() if text else nn.LeakyReLU(0.2, inplace=True)
+        self.end: nn.Module = nn.Identity() if text else nn.LeakyReLU(0.2, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.first(x)
@@ -93,7 +93,7 @@ class Fusion(nn.Module):
             return f + h
         if self.text:
             return f * self.alpha(h) + self.beta(h)
-        h = nnf.leaky_relu(h, 0.1)
+        h = nnf.leaky_relu_(h, 0.1)  # in place: the backward pass needs one of the two
         return f + f * self.alpha(h).sigmoid() + self.beta(h)
 
 
