@@ -150,7 +150,7 @@ def greedy(out: Path, resume: bool = False, steps: int = 900, width: int = 32) -
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
-def joint(out: Path, resume: bool = False, steps: int = 900, width: int = 32) -> None:
+def joint(out: Path, resume: bool = False, steps: int = 600, width: int = 32) -> None:
     """Fine-tune through the iteration, then write the weights and their card."""
     net = greedy(out, resume=True, width=width).to(best_device())
     train, held = pictures()
