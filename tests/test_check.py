@@ -35,7 +35,7 @@ def test_every_checker_has_an_exercise_and_every_chapter_two():
     checkers = {name for name, value in vars(check).items() if hasattr(value, "__wrapped__")}
     assert checkers == {e.checker for e in KNOWN.values()}
     groups = [name.split("_")[0] for name in checkers]
-    assert len(set(groups)) == 23 and min(groups.count(g) for g in groups) >= 2
+    assert len(set(groups)) == 24 and min(groups.count(g) for g in groups) >= 2
     for name in checkers:
         assert re.match(r"``\w+\(.*\)``: ", getattr(check, name).__doc__), f"{name}: the docstring begins with the call"
 
@@ -240,6 +240,12 @@ MUTANTS = [
     ("dgcs-ex-2", "return q.T", "return 2 * q.T", "orthonormal rows"),
     ("dgcs-ex-2", "qr(phi.T)", "qr(phi.T.flip(0))", "same row space"),
     ("dgcs-ex-2", "solve(r.T, y)", "solve(r, y)", "same measurements"),
+    ("haze-ex-1", ".amax(1, keepdim=True)", ".amax(1)", "shape and dtype"),
+    ("haze-ex-1", "torch.maximum(dark, bright)", "dark", "the scene fits"),
+    ("haze-ex-1", "torch.maximum", "1.1 * torch.maximum", "no smaller t does"),
+    ("haze-ex-2", ".clamp(min=0)", "", "shape and dtype"),
+    ("haze-ex-2", "(1 / w)", "(0.5 / w)", "a bound"),
+    ("haze-ex-2", "(1 / w)", "1", "the best one"),
 ]  # fmt: skip
 
 

@@ -11,4 +11,5 @@ from odlkit.check.foundations import *  # noqa: F403
 from odlkit.check.gdc import *  # noqa: F403
 from odlkit.check.hodl import *  # noqa: F403
 from odlkit.check.padnet import *  # noqa: F403
+from odlkit.check.pipelines import *  # noqa: F403
 from odlkit.check.podm import *  # noqa: F403
