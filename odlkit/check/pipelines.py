@@ -1,0 +1,39 @@
+"""Exercises of the harder pipelines."""
+
+from __future__ import annotations
+
+import torch
+
+from odlkit.check.base import draws, exercise, like
+
+
+@exercise
+def haze_1(bound):
+    """``bound(y, a, low, high)``: the least t (B, 1, H, W) for which ``(y - a) / t + a`` lies in [low, high] everywhere."""
+    for randn in draws():
+        low, high, a = 0.1, 1.1, 0.6 + 0.3 * randn(1, 3, 1, 1).sigmoid()
+        x, t = low + (high - low) * randn(2, 3, 6, 8).sigmoid(), 0.1 + 0.9 * randn(2, 1, 6, 8).sigmoid()
+        y = t * x + (1 - t) * a
+        got = bound(y, a, low, high)
+        yield like(got, t)
+        fits, less = ((y - a) / got + a, (y - a) / (0.99 * got) + a)
+        inside = ((fits > low - 1e-9) & (fits < high + 1e-9)).all()
+        yield "the scene fits", inside, "With this t some channel leaves [low, high]; it has two ends."
+        out = ((less < low) | (less > high)).any(1).all()
+        yield "no smaller t does", out, "A t that is 1% smaller still fits at some pixel."
+
+
+@exercise
+def haze_2(bound):
+    """``bound(y, a, w, low)``: the least t (B, 1, H, W) for which ``(y - a) / t^w + a >= low``, w and a (1, 3, 1, 1)."""
+    for randn in draws():
+        low, a, w = 0.1, 0.7 + 0.2 * randn(1, 3, 1, 1).sigmoid(), torch.tensor([1.2, 1.6, 2.0]).double().view(1, 3, 1, 1)
+        x, t = low + (1 - low) * randn(2, 3, 6, 8).sigmoid(), 0.1 + 0.9 * randn(2, 1, 6, 8).sigmoid()
+        x[..., :1] = 0.15  # a dark column, and a bright one that bounds nothing
+        x[..., 1:2] = 1.0
+        y = t**w * x + (1 - t**w) * a
+        got = bound(y, a, w, low)
+        yield like(got, t)
+        yield "a bound", (got <= t + 1e-9).all(), "The true t is smaller somewhere."
+        dark = ((y - a) / got**w + a)[..., :1]
+        yield "the best one", (dark.amin(1) - low).abs().max() < 1e-9, "At a dark pixel a larger t is still a bound."
