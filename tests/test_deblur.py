@@ -15,7 +15,7 @@ from odlkit.tasks.deblur import MODELS, deblur, estimate_noise, extend, good_siz
 NETWORKS = {"ipadnet": "padnet-image", "epadnet": "padnet-image", "rpodm": "rpodm-deblur", "podm": "podm-denoiser"}
 NETWORKS |= {"gdc": "gdc-deblur-gdc", "gdc-pcm": "gdc-generator"}
 NETWORKS |= {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive", "dgunet": "dgunet-known"}
-GAIN = dict.fromkeys(("podm", "gdc", "gdc-pcm", "hodl", "dgunet"), 5) | {"hodl-nonexpansive": 2.5}  # in dB; the others 6
+GAIN = dict.fromkeys(("podm", "gdc", "gdc-pcm", "hodl"), 5) | {"hodl-nonexpansive": 2.5, "dgunet": 4}  # in dB; the others 6
 UNCHECKED = ("rpodm", "gdc", "hodl", "dgunet")  # no theorem
 CLASSICAL = ["tv", "l08", "fista-wavelet"]
 

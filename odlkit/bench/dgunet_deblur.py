@@ -159,9 +159,9 @@ def run(progress: bool = False) -> dict[str, Any]:
     }
     return {
         "claim": "mean PSNR in dB. Known A, one network of DGUNet beside one trained for each task: BSD68 (16 centres of "
-        f"{gdc.CROP}x{gdc.CROP}, circular blur, Levin's kernels in turn), BSD68 (nine centres of 128x128), Set5 in luminance. "
-        f"Unknown A: centres of {CROP}x{CROP} of seven and five scenes with {UNKNOWN_NOISE:.1%} noise, eight kernels each, and "
-        "eight of Levin's captured photographs, up to a shift",
+        f"{gdc.CROP}x{gdc.CROP}, circular blur, Levin's kernels in turn), BSD68 (nine centres of 128x128), Set5 in "
+        f"luminance. Unknown A: centres of {CROP}x{CROP} of seven and five scenes, {UNKNOWN_NOISE:.1%} noise, eight kernels "
+        "each, and eight of Levin's captured photographs, up to a shift",
         **tables,
         "at_or_above_the_best_of_the_others": sum(
             row["dgunet_minus_best"] >= 0 for name in list(tables)[:3] for row in tables[name]
