@@ -101,6 +101,16 @@ def test_what_does_not_fit_is_refused(untrained):
         recover(torch.rand(1, 102, 2, 2), 0.10)
 
 
+def test_errata_measurements_are_no_image_to_start_from(untrained):
+    """DGUNet, Algorithm 1, has ``x^0 = y``."""
+    y = measure(torch.rand(1, 1, 64, 32, generator=seeded()), untrained.operator)
+    with torch.no_grad(), pytest.raises(ValueError, match="^y: expected images .* of 1 channels, got"):
+        untrained.net(y, untrained.operator, x0=y)
+    with torch.no_grad():
+        same = untrained.net(y, untrained.operator, x0=untrained.operator.A_adjoint(y))
+        assert torch.equal(same[-1], untrained(y)[-1])
+
+
 def test_the_recipes_train_matrix_and_network_and_begin_from_others(tmp_path, monkeypatch):
     monkeypatch.setattr(dgunet, "pictures", lambda: ([torch.rand(1, 1, 180, 180, generator=seeded())],) * 2)
     monkeypatch.setattr(weights, "FOLDER", tmp_path)
