@@ -23,6 +23,7 @@ from odlkit.tasks.dgunet import staged
 from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
 from odlkit.tasks.tiles import tiled
 
+NETWORK = "dgunet-derain"
 OVERLAP = 64  # of tiles
 # Chosen on scenes under drawn rain that no training saw (`odlkit.training.rain.scenes`), not on Rain100L.
 TRUST, ALONG, SPARSE, PENALTY, STEPS = 0.01, 0.5, 0.2, 10.0, 40
@@ -59,7 +60,7 @@ def derain(
 
 
 def _dgunet(y: Tensor, steps: int | None, progress: bool) -> Outcome:
-    net: Any = weights.load("dgunet-derain").to(y)
+    net: Any = weights.load(NETWORK).to(y)
     outcome = staged(net, y.expand(-1, 3, -1, -1), stages=steps)
     outcome.x = outcome.x.mean(1, keepdim=True) if y.shape[1] == 1 else outcome.x
     outcome.certificate["statement"] += "; learned from drawn streaks, so other bright lines may go and other rain may stay"
