@@ -62,7 +62,7 @@ def run(progress: bool = False) -> dict[str, Any]:
         "at_least_3_db_above_the_rainy_pictures_of_rain100l": gains["dgunet_gain_on_rain100l"]["mean"] >= 3,
         "why_they_differ": "the paper trains 3.6 million weights (DGUNet+ 12 million) for 400,000 steps on 13,712 pairs, "
         "the training pairs of Rain100H among them, and scores 100 pairs a set; here 44 and 10 of them are at hand, "
-        f"{about['parameters'] / 1e6:.1f} million weights were trained for {about['steps']:,} steps, and all rain but that of "
-        "seven pairs was drawn, none of it that of these sets",
+        f"{about['parameters'] / 1e6:.1f} million weights were trained for {about['steps']:,} steps, and all rain but that "
+        "of seven pairs was drawn, none of it that of these sets",
         "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-derain", ("rain100l", "rain100h"), (), (NETWORK,))
