@@ -160,6 +160,14 @@ def sensing_after(out: Path, resume: bool = False, *, ratio: float, first: str =
     sensing(out, resume, ratio=ratio, steps=steps, begin=begin, told=f"; its network began as that of {first}", **SMALL)
 
 
+def sensing_deeper(out: Path, resume: bool = False, *, ratio: float, stages: int = 9, steps: int = 1000) -> None:
+    """`sensing`, then again with more stages: the middle one, whose weights are shared, is run more often."""
+    first = f"dgunet-cs-{round(100 * ratio)}-first"
+    begin = sensing(out, True, ratio=ratio, name=first, **SMALL)
+    told = f"; the first 5000 steps with {SMALL['stages']}"
+    sensing(out, resume, ratio=ratio, steps=steps, lr=6e-4, begin=begin, told=told, **SMALL | {"stages": stages})
+
+
 def sensing_paper(out: Path, resume: bool = False, *, ratio: float, steps: tuple[int, int] = (20_000, 10_000)) -> None:
     """The released network at the paper's scale: 200 epochs of single blocks, batches of 128, then 100 of patches of 64.
 
@@ -172,6 +180,6 @@ def sensing_paper(out: Path, resume: bool = False, *, ratio: float, steps: tuple
     sensing(out, resume, ratio=ratio, name=name, steps=steps[1], side=64, batch=32, lr=lr, begin=blocks, told=told)
 
 
-sensing_10, sensing_25 = (partial(sensing, ratio=ratio, **SMALL) for ratio in (0.10, 0.25))
+sensing_10, sensing_25 = partial(sensing_deeper, ratio=0.10), partial(sensing, ratio=0.25, **SMALL)
 sensing_1, sensing_4, sensing_50 = (partial(sensing_after, ratio=ratio) for ratio in (0.01, 0.04, 0.50))
 sensing_10_paper, sensing_25_paper = (partial(sensing_paper, ratio=ratio) for ratio in (0.10, 0.25))
