@@ -121,6 +121,8 @@ OPTIONS = {
     "sigma": "a noise level",
     "boundary": "unknown or circular",
     "tile": "a number of pixels",
+    "size": "an odd number of pixels",
+    "kernel_out": "a file name",
 }
 
 
@@ -154,6 +156,8 @@ def _options(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--scale", type=int, default=None, help="Magnification, for tasks that need it.")
 @click.option("--ratio", type=float, default=None, help="Sampling ratio, for tasks that need it.")
 @click.option("--strength", type=float, default=None, help="How much smoothing: the price of an edge pixel.")
+@click.option("--size", type=int, default=None, help="Pixels a side of the kernel to be estimated, odd.")
+@click.option("--kernel-out", default=None, help="Where an estimated kernel goes: .npy, or a picture to look at.")
 @click.option("--report", default=None, help="Where a JSON report of the run goes.")
 def restore(task, input, output, model, device, seed, report, **given) -> None:
     """Restore the image INPUT; TASK is one of `odlkit tasks`.
@@ -163,6 +167,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     odlkit restore sr small.png --scale 3 -o large.png
 
     odlkit restore inpaint holes.png --mask known.png -o whole.png
+
+    odlkit restore deblur-blind shaken.jpg --size 31 -o sharp.png --kernel-out kernel.npy
     """
     from odlkit.tasks import TASKS
 
@@ -179,6 +185,9 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     where = _device(device)
     picture = images.read(input)
     images.check_output(output, picture)
+    kernel_out = options.pop("kernel_out", None)
+    if kernel_out is not None:
+        images.check_kernel_output(kernel_out)
     if "kernel" in options:
         options["kernel"] = images.read_kernel(options["kernel"])
     if "mask" in options:
@@ -191,6 +200,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     about["output"] = {"path": str(output), **target.describe()}
     about["settings"]["seed"] = seed
     images.write(output, restored, target)
+    if kernel_out is not None:
+        images.write_kernel(kernel_out, torch.tensor(about["kernel"], dtype=torch.float64))
     for note in about["notes"]:
         click.echo(note, err=True)
     held = {True: "holds", False: "fails", None: "no guarantee"}[about["certificate"]["holds"]]

@@ -204,3 +204,22 @@ def read_kernel(path: Path | str, name: str = "kernel") -> Tensor:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"{name}: expected a readable .npy file or image, {path} is not ({reason})") from error
     return torch.from_numpy(np.array(array, dtype=np.float64))
+
+
+def check_kernel_output(path: Path | str, name: str = "kernel_out") -> Path:
+    """The path, if `write_kernel` can write there.  Raises ``ValueError`` if not."""
+    path = Path(path)
+    if path.suffix.lower() not in (".npy", *SUFFIXES) or path.is_dir():
+        raise ValueError(f"{name}: expected a file name that ends in .npy, {', '.join(SUFFIXES)}, got {path.name!r}")
+    check_output(path.with_suffix(".png"), Picture(torch.zeros(0)), name)
+    return path
+
+
+def write_kernel(path: Path | str, kernel: Tensor) -> None:
+    """Write a kernel ``(h, w)``: its numbers as ``.npy``, or a gray picture of 8 bits, white its largest."""
+    path = check_kernel_output(path)
+    if path.suffix.lower() == ".npy":
+        with atomic(path) as handle:
+            np.save(handle, kernel.detach().cpu().numpy())
+    else:
+        write(path, (kernel / kernel.max())[None, None], Picture(torch.zeros(0)))

@@ -37,6 +37,11 @@ TASKS = {
         "odlkit.tasks.deblur:deblur",
         takes=("kernel", "sigma", "boundary", "tile"),
     ),
+    "deblur-blind": Task(
+        "remove motion blur that nobody knows from a photograph, by estimating its kernel (blind deconvolution)",
+        "odlkit.tasks.deblur_blind:deblur_blind",
+        takes=("size", "sigma", "tile", "kernel_out"),
+    ),
     "sr": Task(
         "enlarge a picture 2, 3 or 4 times (super-resolution)",
         "odlkit.tasks.sr:super_resolve",
@@ -67,10 +72,6 @@ TASKS = {
         "remove the noise of a camera, or Gaussian noise",
         "odlkit.tasks.denoise:denoise",
         takes=("sigma", "tile"),
-    ),
-    "dehaze": Task(
-        "remove haze from a photograph",
-        "odlkit.tasks.dehaze:dehaze",
     ),
     "smooth": Task(
         "remove texture and noise, keep edges (l0 smoothing)",
