@@ -29,6 +29,7 @@ PROPOSITIONS = {  # name -> the function that plays it, imported when it is play
     "gdc-proposition-1": "odlkit.propositions.gdc:proposition_1",
     "gdc-proposition-2": "odlkit.propositions.gdc:proposition_2",
     "gdc-proposition-3": "odlkit.propositions.normalization:proposition_3",
+    "dgunet-gradient-step": "odlkit.propositions.dgunet:gradient_step",
     "hodl-theorem-3-1": "odlkit.propositions.hodl:theorem_3_1",
     "hodl-theorem-3-2": "odlkit.propositions.hodl:theorem_3_2",
     "hodl-proposition-3-1": "odlkit.propositions.hodl:proposition_3_1",
