@@ -31,7 +31,8 @@ PLACES = {
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
     "hodl-deblur": "odlkit.bench.hodl_deblur:run",
-    "dgunet-deblur": "odlkit.bench.dgunet_deblur:run",
+    "dgunet-known": "odlkit.bench.dgunet_deblur:known",
+    "dgunet-deblur": "odlkit.bench.dgunet_deblur:motion",
 }
 
 
