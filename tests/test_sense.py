@@ -1,6 +1,7 @@
 """Compressive sensing: any size and number of channels, squares, measurements alone, what is refused, and the recipes."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -114,13 +115,16 @@ def test_errata_measurements_are_no_image_to_start_from(untrained):
 def test_the_recipes_train_matrix_and_network_and_begin_from_others(tmp_path, monkeypatch):
     monkeypatch.setattr(dgunet, "pictures", lambda: ([torch.rand(1, 1, 180, 180, generator=seeded())],) * 2)
     monkeypatch.setattr(weights, "FOLDER", tmp_path)
-    recipe("dgunet-cs-10")(tmp_path, steps=1, batch=1)
+    monkeypatch.setattr(dgunet, "sensing", partial(dgunet.sensing, steps=1, batch=1))
+    recipe("dgunet-cs-10")(tmp_path, steps=1)
     recipe("dgunet-cs-4")(tmp_path, steps=1)
     first, later = weights.load("dgunet-cs-10"), weights.load("dgunet-cs-4")
     assert later.phi.shape == (41, 1024) and "began as that of dgunet-cs-10" in weights.card("dgunet-cs-4")["what"]
+    card = weights.card("dgunet-cs-10")
+    assert card["network"]["stages"] > weights.card("dgunet-cs-10-first")["network"]["stages"] and "with 5" in card["what"]
     gaps = [(a - b).abs().max().item() for a, b in zip(first.net.parameters(), later.net.parameters(), strict=True)]
     assert 0 < max(gaps) < 1e-3, "one step of warm-up from where the other network ended"
-    assert set(weights.cards()) == {"dgunet-cs-10", "dgunet-cs-4"} and network(0.04).phi.shape == (41, 1024)
+    assert network(0.04).phi.shape == (41, 1024)
 
 
 def test_the_recipe_at_the_papers_scale_runs(tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ OVERLAP = 64  # pixels by which squares overlap: two blocks
 
 def networks() -> dict[float, str]:
     """Share of measurements -> name of the network for it, of those that are installed."""
-    found = {name: card["network"] for name, card in weights.cards().items()}
-    return {about["ratio"]: name for name, about in found.items() if about["kind"] == "sensing"}
+    found = {name: card["network"] for name, card in weights.cards().items() if card["network"]["kind"] == "sensing"}
+    return {about["ratio"]: name for name, about in found.items() if name == f"dgunet-cs-{round(100 * about['ratio'])}"}
 
 
 def network(ratio: float) -> Sensing:
