@@ -1,8 +1,8 @@
 """Denoising: real pairs of cameras and scenes that training never saw, and Gaussian noise on BSD; DGUNet and its rivals.
 
 The rivals want a noise level.  They get the one that is estimated from the picture, and, which no user can have, the best
-of that one, the true standard deviation, and twice this, judged by the truth: the noise of a camera is not white, and
-methods for white noise need a larger level to see it.
+of that one and of one, two and three times the true standard deviation, judged by the truth: the noise of a camera is not
+white, and methods for white noise need a larger level to see it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def real_rows(methods: dict[str, Method], blind: bool, progress: bool) -> list[d
             true, estimated = (pair.noisy - pair.clean).std().item(), estimate_noise(pair.noisy)
             rows: dict[tuple[str, str | None], tuple[float, float]] = {("noisy", None): scores(pair.noisy, pair.clean)}
             for method, run in methods.items():
-                levels = (estimated,) if blind else (estimated, true, 2 * true)
+                levels = (estimated,) if blind else (estimated, true, 2 * true, 3 * true)
                 tried = [scores(run(pair.noisy, level), pair.clean) for level in levels]
                 rows[method, None if blind else "estimated"] = tried[0]
                 if not blind:

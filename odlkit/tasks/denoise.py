@@ -25,6 +25,7 @@ from odlkit.tasks.report import Model, Outcome, check_finite, check_model, repor
 from odlkit.tasks.tiles import tiled
 
 OVERLAP = 64  # of tiles
+WAVELET, WAVELET_LEVELS = "db4", 4
 MARGIN = 8  # pixels continued by the border, where total variation would join opposite sides
 TV_FACTOR = 0.65  # lambda = 0.65 sigma: between what is best for sigma = 15 and 25 on the last pictures of train400
 TV_TOLERANCE = 1e-3  # of the distance to the minimiser, root mean square, for a picture of mean 1
@@ -101,13 +102,12 @@ def _tv(y: Tensor, sigma: float) -> Outcome:
 
 
 def _wavelet(y: Tensor, sigma: float) -> Outcome:
+    import pywt
     from skimage.restoration import denoise_wavelet
 
-    colour = y.shape[1] == 3
+    colour, levels = y.shape[1] == 3, max(min(WAVELET_LEVELS, pywt.dwt_max_level(min(y.shape[-2:]), WAVELET)), 1)
     items = [
-        denoise_wavelet(
-            item.permute(1, 2, 0).numpy(), sigma, "db4", "soft", convert2ycbcr=colour, channel_axis=-1, rescale_sigma=True
-        )
+        denoise_wavelet(item.permute(1, 2, 0).numpy(), sigma, WAVELET, "soft", levels, colour, channel_axis=-1)
         for item in y.detach().cpu().clamp(0, 1)
     ]
     x = torch.stack([torch.as_tensor(item).permute(2, 0, 1) for item in items]).to(y)
