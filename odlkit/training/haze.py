@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +68,11 @@ def unit_range(x: Tensor) -> Tensor:
     return (x - low) / (high - low).clamp_min(1e-6)
 
 
-def hazy_scenes(scene: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def hazy_scenes(scene: Tensor, generator: torch.Generator, thin: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Haze for scenes ``(B, 3, H, W)``: ``(I, t, A)``, A an estimate that is off by 3% and each channel by 1%.
 
-    ``t = t_0 (t_1 / t_0)^d`` for a depth d, as the law of Beer and Lambert has it, with t_0 in [0.5, 1], mostly near 1, and
-    t_1 in [0.15, 1] t_0; the airlight is 0.7 to 1 with a tint of up to 4%; the noise of 0.5% stands for 8 bits and JPEG.
+    ``t = t_0 (t_1 / t_0)^d`` for a depth d, as the law of Beer and Lambert has it, with t_0 in [0.5, 1] and t_1 in
+    [0.15, 0.9] t_0; where haze may be ``thin``, t_0 is mostly near 1 and t_1 up to t_0; the airlight is 0.7 to 1 with a tint of up to 4%; the noise of 0.5% stands for 8 bits and JPEG.
     """
     count = len(scene)
 
@@ -81,8 +82,8 @@ def hazy_scenes(scene: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(scene)
 
-    near = 1 - 0.5 * uniform(0, 1).square()
-    far = uniform(0.15, 1) * near
+    near = 1 - 0.5 * uniform(0, 1).square() if thin else uniform(0.5, 1)
+    far = uniform(0.15, 1 if thin else 0.9) * near
     t = near * (far / near) ** depths(scene, generator)
     light = (uniform(0.7, 1) + uniform(-0.04, 0.04, 3)).clamp(max=1)
     seen = (haze(scene, t, light) + 0.005 * normal(*scene.shape)).clamp(0, 1)
@@ -104,11 +105,15 @@ def one_move(net: ResidualNet, seen: Tensor, light: Tensor, t: Tensor, generator
     return [seeing(net, seen / light)(start, alpha)]
 
 
-def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], generator: torch.Generator) -> Tensor:
-    """`log_error` of the transmissions and of the scenes that follow from them, on random crops with random haze."""
+def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], thin: bool, generator: torch.Generator) -> Tensor:
+    """`log_error` of the transmissions and of the scenes that follow from them, on random crops with random haze.
+
+    With ``thin`` haze the scenes are also made brighter or darker, as rooms are brighter than landscapes.
+    """
     scene = patches(train, BATCH, SIDE, generator).to(best_device())
-    scene = scene ** log_uniform(0.5, 1.5, BATCH, generator).to(scene)  # rooms are brighter than landscapes
-    seen, t, light = hazy_scenes(scene, generator)
+    if thin:
+        scene = scene ** log_uniform(0.5, 1.5, BATCH, generator).to(scene)
+    seen, t, light = hazy_scenes(scene, generator, thin)
     found = move(seen, light, t, generator)
     return log_error(found, t) + log_error([radiance(seen, v, light) for v in found], scene)
 
@@ -126,17 +131,17 @@ def score(net: ResidualNet, held: list[Tensor]) -> float:
     return total / len(held)
 
 
-def greedy(out: Path, resume: bool = False, steps: int = 900, width: int = 32) -> ResidualNet:
+def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) -> ResidualNet:
     """Train seventeen convolutions with batch normalization on one move; the picture's channels stay as they are."""
     torch.manual_seed(0)
     unit = ConvUnit(channels=4, width=width, depth=LAYERS, fold=FOLD, batch_norm=True)
-    last = unit.layers[-1]
+    last: Any = unit.layers[-1]
     with torch.no_grad():  # no loss sees them, so they stay zero
-        last.weight[FOLD**2 :] = 0  # type: ignore[index]
-        last.bias[FOLD**2 :] = 0  # type: ignore[index]
+        last.weight[FOLD**2 :] = 0
+        last.bias[FOLD**2 :] = 0
     net = ResidualNet([unit]).to(best_device())
     train, held = pictures()
-    loss = partial(loss_of, partial(one_move, net), train)
+    loss = partial(loss_of, partial(one_move, net), train, False)
     fit(
         net,
         loss,
@@ -150,13 +155,14 @@ def greedy(out: Path, resume: bool = False, steps: int = 900, width: int = 32) -
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
-def joint(out: Path, resume: bool = False, steps: int = 600, width: int = 32) -> None:
-    """Fine-tune through the iteration, then write the weights and their card."""
+def joint(out: Path, resume: bool = False, steps: tuple[int, int] = (500, 250), width: int = 32) -> None:
+    """Fine-tune through the iteration, then on thin haze as well, and write the weights and their card."""
     net = greedy(out, resume=True, width=width).to(best_device())
     train, held = pictures()
-    loss = partial(loss_of, lambda seen, light, t, generator: unroll(net, seen, light), train)
-    record = fit(net, loss, validate=partial(score, net, held), steps=steps, lr=8e-4, out=out, name="padnet-haze",
-                 resume=resume)  # fmt: skip
+    move: Callable[..., list[Tensor]] = lambda seen, light, t, generator: unroll(net, seen, light)  # noqa: E731
+    run: dict[str, Any] = {"validate": partial(score, net, held), "lr": 5e-4, "out": out}
+    fit(net, partial(loss_of, move, train, False), steps=steps[0], name="padnet-haze-joint", resume=True, **run)
+    record = fit(net, partial(loss_of, move, train, True), steps=steps[1], name="padnet-haze", resume=resume, **run)
     card = {
         "name": "padnet-haze",
         "what": "IPADNet's network N_alpha on transmissions, shown the picture: one unit of seventeen convolutions",
