@@ -72,7 +72,8 @@ def hazy_scenes(scene: Tensor, generator: torch.Generator, thin: bool = True) ->
     """Haze for scenes ``(B, 3, H, W)``: ``(I, t, A)``, A an estimate that is off by 3% and each channel by 1%.
 
     ``t = t_0 (t_1 / t_0)^d`` for a depth d, as the law of Beer and Lambert has it, with t_0 in [0.5, 1] and t_1 in
-    [0.15, 0.9] t_0; where haze may be ``thin``, t_0 is mostly near 1 and t_1 up to t_0; the airlight is 0.7 to 1 with a tint of up to 4%; the noise of 0.5% stands for 8 bits and JPEG.
+    [0.15, 0.9] t_0; where haze may be ``thin``, t_0 is mostly near 1 and t_1 up to t_0.  The airlight is 0.7 to 1 with a
+    tint of up to 4%; the noise of 0.5% stands for 8 bits and JPEG.
     """
     count = len(scene)
 
