@@ -60,6 +60,20 @@ def test_every_channel_is_recovered_by_itself_and_from_its_measurements_alone(un
     assert torch.allclose(*seen, atol=1e-3)
 
 
+def test_the_eightfold_mean_turns_with_the_picture_and_agrees_with_the_measurements(untrained):
+    """Measured by ``A T^-1``, the picture T x comes back as T of what A gives of x: one network alone does not."""
+    x = data.sample("camera", (64, 96))
+    size, phi = 32, untrained.phi
+    for model, same in (("dgunet-8", True), ("dgunet", False)):
+        run = MODELS[model].run
+        straight = run(untrained, untrained.operator.A(x), None, False).x
+        untrained.phi = torch.nn.Parameter(torch.rot90(phi.view(-1, size, size), 1, (-2, -1)).reshape(phi.shape))
+        turned = run(untrained, untrained.operator.A(torch.rot90(x, 1, (-2, -1))), None, False).x
+        untrained.phi = phi
+        assert torch.allclose(turned, torch.rot90(straight, 1, (-2, -1)), atol=1e-5) == same
+        assert torch.allclose(untrained.operator.A(straight), untrained.operator.A(x), atol=1e-4) == same
+
+
 @pytest.mark.parametrize("model", ["fista-wavelet", "fista-tv"])
 def test_classical_recovery_lowers_its_energy_and_beats_its_start(model, untrained):
     x = data.sample("camera", 128)

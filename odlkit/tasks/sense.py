@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
@@ -161,8 +163,42 @@ def _dgunet(net: Sensing, y: Tensor, steps: int | None, progress: bool) -> Outco
     return staged(net.net, y, net.operator, stages=steps)
 
 
+def agree(operator: BlockSampling, x: Tensor, y: Tensor) -> Tensor:
+    """``x + A^T (A A^T)^-1 (y - A x)``: the picture nearest to x that agrees with the measurements.
+
+    Without noise the truth agrees too, so this brings no x farther from it.
+    """
+    phi = operator.phi.double()
+    inverse = torch.linalg.solve(phi @ phi.T, phi)  # (Phi Phi^T)^-1 Phi: its transpose is the pseudo-inverse
+    return x + BlockSampling(inverse.to(y)).A_adjoint(y - operator.A(x))
+
+
+def _eightfold(net: Sensing, y: Tensor, steps: int | None, progress: bool) -> Outcome:
+    """The mean over the symmetries T of the square of ``T^-1 net(T y, A T^-1)``, then `agree`.
+
+    What A measures of x, ``A T^-1`` measures of T x: the same numbers, their blocks in other places.
+    """
+    from tqdm import tqdm
+
+    outcomes, size = [], net.operator.size
+    for turns, flip in tqdm(list(product(range(4), (False, True))), desc="dgunet-8", delay=3, disable=not progress):
+
+        def T(z: Tensor, turns: int = turns, flip: bool = flip) -> Tensor:
+            return torch.rot90(z.flip(-1) if flip else z, turns, (-2, -1))
+
+        turned = BlockSampling(T(net.phi.view(-1, size, size)).reshape(net.phi.shape))
+        outcomes.append(staged(net.net, T(y), turned, stages=steps))
+        back = torch.rot90(outcomes[-1].x, -turns, (-2, -1))
+        outcomes[-1].x = back.flip(-1) if flip else back
+    outcomes[0].x = agree(net.operator, torch.stack([o.x for o in outcomes]).mean(0), y)
+    return outcomes[0]
+
+
 MODELS = {  # each run as run(net, y, steps, progress)
     "dgunet": Model(_dgunet, "DGUNet, trained together with the matrix"),
+    "dgunet-8": Model(
+        _eightfold, "DGUNet, the mean over the square's eight symmetries, made to agree with the measurements"
+    ),
     "fista-wavelet": Model(
         partial(_classical, name="fista-wavelet"), "l1 on orthonormal wavelet coefficients by FISTA, the same measurements"
     ),
