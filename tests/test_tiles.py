@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from odlkit import weights
+from odlkit.data import sample
+from odlkit.models.dgunet import DGUNet
 from odlkit.tasks.tiles import tiled
 
 
@@ -49,3 +52,37 @@ def test_what_does_not_fit_is_refused():
         tiled(lambda part: part, y, 64, -1)
     with pytest.raises(ValueError, match="^run: expected images"):
         tiled(lambda part: part[..., 1:], y, 64)
+
+
+def jumps(x, columns) -> torch.Tensor:
+    """Mean absolute difference between each of the columns and the one before."""
+    return torch.stack([(x[..., c] - x[..., c - 1]).abs().mean() for c in columns])
+
+
+@pytest.mark.parametrize("name", ["untrained", "dgunet-derain", "dgunet-denoise"])
+def test_seams_of_dgunet_are_invisible(name):
+    """Its instance norm and attention take means over the square, so squares differ; seams show without overlap only."""
+    torch.manual_seed(0)
+    if name == "untrained":
+        net = DGUNet("derain", width=8, step=4, tail=4, stages=3, scales=3, fused=2).eval()
+    elif name in weights.cards():
+        net = weights.load(name)
+    else:
+        pytest.skip(f"no weights {name}")
+    channels, size = net.setting.channels, 64
+    y = sample("astronaut", 192).mT[..., 32:104, :] + 0.1 * torch.randn(1, 3, 72, 192)
+    y = (y if channels == 3 else y.mean(1, keepdim=True)).contiguous()
+
+    def run(part):
+        with torch.no_grad():
+            return net(part)[-1]
+
+    whole, found = run(y), {}
+    for overlap, starts in ((0, (0, 64, 128)), (32, (0, 32, 64, 96, 128))):
+        error = tiled(run, y, size, overlap) - whole
+        borders = sorted({*starts[1:]} | {s + size for s in starts if s + size < 192})
+        rest = [c for c in range(4, 188) if min(abs(c - b) for b in borders) > 4]
+        found[overlap] = jumps(error, borders).max(), jumps(error, rest).median()
+    seam, elsewhere = found[32]
+    assert seam < 0.2 * jumps(whole, borders).mean() and seam < 3 * elsewhere
+    assert found[0][0] > 3 * seam
