@@ -14,9 +14,10 @@ def tiled(
     """``run`` on squares of ``tile`` pixels of ``y`` ``(B, C, H, W)``, each overlapping the next by ``overlap`` or more.
 
     Where squares overlap, the weight of the new one rises smoothly from 0 to 1 while that of the old one falls to 0 (a
-    partition of unity), so what is local in ``run`` leaves no seam.  Squares begin at multiples of ``multiple``, the block
-    of the coarsest scale or of a measurement; ``tile`` is rounded down to it, ``overlap`` up.  ``run`` maps ``(B, C, h, w)``
-    to the same shape, ``h, w <= tile``.  Raises ``ValueError`` where it does not, and for a tile that the overlap fills.
+    partition of unity): what is local in ``run`` leaves no seam, and a mean over the square, as in instance norm, a slope.
+    Squares begin at multiples of ``multiple``, the block of the coarsest scale or of a measurement; ``tile`` is rounded
+    down to it, ``overlap`` up.  ``run`` maps ``(B, C, h, w)`` to the same shape, ``h, w <= tile``.  Raises ``ValueError``
+    where it does not, and for a tile that the overlap fills.
     """
     from tqdm import tqdm
 
@@ -25,8 +26,8 @@ def tiled(
     overlap = -(-overlap // multiple) * multiple
     if tile < overlap + multiple:
         raise ValueError(f"tile: expected at least {overlap + multiple} pixels, more than the squares overlap, got {tile}")
-    rows, columns = (_starts(size, tile // multiple * multiple, overlap, multiple) for size in y.shape[-2:])
     tile = tile // multiple * multiple
+    rows, columns = (_starts(size, tile, overlap, multiple) for size in y.shape[-2:])
     x, told = torch.empty_like(y), tqdm(desc="tiles", delay=3, leave=False, disable=not progress)
     for i in rows:
         band = torch.empty_like(y[..., i : i + tile, :])
