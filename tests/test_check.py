@@ -35,7 +35,7 @@ def test_every_checker_has_an_exercise_and_every_chapter_two():
     checkers = {name for name, value in vars(check).items() if hasattr(value, "__wrapped__")}
     assert checkers == {e.checker for e in KNOWN.values()}
     groups = [name.split("_")[0] for name in checkers]
-    assert len(set(groups)) == 24 and min(groups.count(g) for g in groups) >= 2
+    assert len(set(groups)) == 25 and min(groups.count(g) for g in groups) >= 2
     for name in checkers:
         assert re.match(r"``\w+\(.*\)``: ", getattr(check, name).__doc__), f"{name}: the docstring begins with the call"
 
@@ -246,6 +246,13 @@ MUTANTS = [
     ("haze-ex-2", ".clamp(min=0)", "", "shape and dtype"),
     ("haze-ex-2", "(1 / w)", "(0.5 / w)", "a bound"),
     ("haze-ex-2", "(1 / w)", "1", "the best one"),
+    ("blind-ex-1", "(v - c[", "(v.flatten() - c[", "shape and dtype"),
+    ("blind-ex-1", ".clamp(min=0)", "", "no negative entry"),
+    ("blind-ex-1", "return (v", "return 0.9 * (v", "sum 1"),
+    ("blind-ex-1", "(v - c[(falling > c).sum() - 1]).clamp(min=0)", "v.softmax(0) / 7", "nearest"),
+    ("blind-ex-2", ".ifft2(k).real", ".ifft2(k)", "shape and dtype"),
+    ("blind-ex-2", "G.conj() * Y", "G * Y", "exact without noise"),
+    ("blind-ex-2", "2 * mu", "mu", "zero gradient"),
 ]  # fmt: skip
 
 

@@ -37,3 +37,33 @@ def haze_2(bound):
         yield "a bound", (got <= t + 1e-9).all(), "The true t is smaller somewhere."
         dark = ((y - a) / got**w + a)[..., :1]
         yield "the best one", (dark.amin(1) - low).abs().max() < 1e-9, "At a dark pixel a larger t is still a bound."
+
+
+@exercise
+def blind_1(project):
+    """``project(v)``: the nearest point of the simplex, entries at least 0 with sum 1, to ``v`` of any shape."""
+    for randn in draws():
+        v = randn(5, 7)
+        got = project(v)
+        yield like(got, v)
+        yield "no negative entry", got.min() >= -1e-12, "An entry is negative."
+        yield "sum 1", abs(got.sum() - 1) < 1e-9, f"The entries sum to {got.sum():.4f}."
+        others = torch.eye(35, dtype=v.dtype).view(35, 5, 7)  # the corners
+        nearest = ((v - got) * (others - got)).sum((1, 2)).max() < 1e-9
+        yield "nearest", nearest, "Some corner of the simplex makes an acute angle with v at this point: move towards it."
+
+
+@exercise
+def blind_2(kernel):
+    """``kernel(g, d, mu)``: the minimiser (H, W) of ``||k * g - d||^2 / 2 + mu ||k||^2``, ``*`` circular, g (1, C, H, W)."""
+    for randn in draws():
+        g, k, mu = randn(1, 2, 6, 9), randn(6, 9), 0.3
+        blurred = torch.fft.ifft2(torch.fft.fft2(k) * torch.fft.fft2(g)).real
+        d = blurred + 0.1 * randn(1, 2, 6, 9)
+        got = kernel(g, d, mu)
+        yield like(got, k)
+        exact = (kernel(g, blurred, 1e-12) - k).abs().max() < 1e-6
+        yield "exact without noise", exact, "Without noise and with mu near 0 the true kernel should come back."
+        rest = torch.fft.fft2(torch.fft.ifft2(torch.fft.fft2(got) * torch.fft.fft2(g)).real - d)
+        slope = torch.fft.ifft2((torch.fft.fft2(g).conj() * rest).sum((0, 1))).real + 2 * mu * got
+        yield "zero gradient", slope.abs().max() < 1e-8, "The gradient of the energy does not vanish at this kernel."
