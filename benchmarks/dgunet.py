@@ -27,7 +27,7 @@ WIDTHS = {  # what the released class is called with
     "deblur": {"n_feat": 80, "scale_unetfeats": 48, "scale_orsnetfeats": 32},
 }
 TIMED = {"derain": (128, 64), "deblur": (64, 32)}  # sides of the picture: forward, training step
-HELD = {"derain": (256, 128), "deblur": (96, 64)}  # the same, where memory is measured
+HELD = {"derain": (256, 128), "deblur": (96, 128)}  # the same, where memory is measured
 PROGRAMS = ("released", "odlkit", "odlkit, checkpointed")
 
 
