@@ -45,7 +45,10 @@ def centre(x: Tensor) -> Tensor:
 
 
 def bm3d(y: Tensor, sigma: float) -> Tensor:
-    """BM3D of Makinen, Azzari and Foi, in the colours of its authors, for ``(1, 1 or 3, H, W)``; needs the package bm3d."""
+    """BM3D of Makinen, Azzari and Foi, in the colours of its authors, for ``(1, 1 or 3, H, W)``; needs ``pip install bm3d``.
+
+    A dependency of one suite only, under a licence for research without profit, so no extra of odlkit installs it.
+    """
     from bm3d import bm3d as gray
     from bm3d import bm3d_rgb
 
