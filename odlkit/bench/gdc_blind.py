@@ -65,11 +65,10 @@ def _pair(job: tuple[int, str]) -> dict[str, Any]:
         "psnr_true_kernel": round(psnr(oracle, truth).item(), 2),
         "psnr_blurred": round(psnr(blurred, truth).item(), 2),
         "likeness": round(likeness(kernel, pair.kernel), 3),
-        "acceptance_rate": round(told["certificate"].get("acceptance_rate", float("nan")), 3),
+        "acceptance_rate": round(told["certificate"].get("acceptance_rate", 1.0), 3),
         "certificate": told["certificate"]["holds"],
         "cpu_seconds": round(seconds, 1),
-        "kernel": packed(kernel),
-        "true_kernel": packed(pair.kernel),
+        "kernels": [packed(kernel), packed(pair.kernel)],
     }
 
 
@@ -104,6 +103,7 @@ def run(progress: bool = False) -> dict[str, Any]:
         pictures = pool.map(_photograph, photographs)
         rows = list(tqdm(pool.map(_pair, jobs), total=len(jobs), desc="gdc-blind", disable=not progress))
         pictured = list(pictures)
+    kernels = {f"{row['pair']} {row['model']}": row.pop("kernels") for row in rows}  # estimated, true
     few = {row["pair"] for row in rows if row["model"] != "gdc"}
     gdc = [row for row in rows if row["model"] == "gdc"]
     good = sum(row["error_ratio"] < 3 for row in gdc)
@@ -112,7 +112,7 @@ def run(progress: bool = False) -> dict[str, Any]:
         f"to a shift of 5 pixels without a border of 15; the last step, also with the true kernel, is ipadnet at noise "
         f"{NOISE} or more",
         "mean": _mean(gdc),
-        "paper": PAPER,
+        "paper_table_7": PAPER,
         "psnr_minus_paper": round(_mean(gdc)["psnr"] - PAPER["psnr"], 2),
         "error_ratio_below_3": f"{good} of {count}",
         "error_ratio_below_3_on_three_quarters": good >= 0.75 * count,
@@ -125,6 +125,7 @@ def run(progress: bool = False) -> dict[str, Any]:
             for model in ("gdc", "l0", "gdc-learned")
         },
         "rows": rows,
+        "kernels": kernels,
         "photographs": pictured,
         "why_they_differ": "the paper scores all 32 pairs, 24 are at hand; it does not say its kernel sizes nor how it "
         "aligns, and its last step is another, so error ratios compare within a record only",
