@@ -177,7 +177,7 @@ class Settings:
     floor: float = 2e-3
     alternations: int = 8
     refine: int = 6
-    last: float = 2e-4
+    last: float = 5e-4
     prior: float = 3.0
     gamma: float = 20.0
     mu: float = 1.0
