@@ -200,11 +200,13 @@ def test_the_network_needs_no_level_and_says_that_a_given_one_is_not_used(name):
 
 
 @pytest.mark.parametrize("name", ALL[:1])
-def test_the_network_removes_the_noise_of_a_camera_and_leaves_a_clean_picture(name):
-    x = photograph(3, (128, 128))
-    noisy = camera.camera_noise(x, seeded(4))
-    assert psnr(denoise(noisy)[0], x) > psnr(noisy, x) + 2
-    assert psnr(denoise(x)[0], x) > 33
+def test_the_network_removes_the_noise_of_a_camera_and_costs_a_clean_picture_its_finest_texture(name):
+    """A fur as fine and as weak as the noise: little is gained, and a clean picture is not left as it is."""
+    x = data.sample("chelsea", gray=False)[..., 60:220, 120:280]
+    for seed in (0, 1, 4):
+        noisy = camera.camera_noise(x, seeded(seed))
+        assert psnr(denoise(noisy)[0], x) > psnr(noisy, x) + 0.3
+    assert 34 < psnr(denoise(x)[0], x) < 45
 
 
 @pytest.mark.parametrize(
