@@ -66,6 +66,8 @@ def test_good_sizes_are_smooth_multiples_of_eight():
 def test_noise_is_estimated_on_a_blurred_picture():
     _, y = photograph("camera", motion(9, 14), sigma=0.02)
     assert abs(estimate_noise(y) - 0.02) < 0.003
+    assert estimate_noise(0 * y) == 0
+    assert estimate_noise(torch.cat([y, 0 * y], 1)) == pytest.approx(estimate_noise(y) / 2)
 
 
 @pytest.mark.parametrize("model, gain", [pytest.param(name, GAIN.get(name, 6), marks=needs(name)) for name in NETWORKS])

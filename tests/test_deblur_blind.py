@@ -162,6 +162,9 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=words):
             deblur_blind(*arguments)
+    for refused, words in (({"tile": 3}, "tile: expected at least 16"), ({"final": "sharp"}, "model: expected one of")):
+        with pytest.raises(ValueError, match=words):
+            deblur_blind(y, 7, **refused)
 
 
 def test_command_line_writes_image_kernel_and_report(tmp_path, monkeypatch):

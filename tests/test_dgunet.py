@@ -201,6 +201,8 @@ def test_what_does_not_fit_is_refused():
         DGUNet("rain")
     with pytest.raises(ValueError, match="^stages: expected at least 2"):
         Setting(stages=1)
+    with pytest.raises(ValueError, match="^stages: expected 2 of a network without a middle"):
+        small(stages=2)(torch.rand(1, 3, 8, 8), stages=3)
     with pytest.raises(ValueError, match="^fused: expected 0 to 3"):
         Setting(fused=4)
     with pytest.raises(ValueError, match="^operator: expected none"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import time
 from typing import Any
 
@@ -99,7 +98,7 @@ def run(progress: bool = False) -> dict[str, Any]:
     clock, count = time.monotonic(), len(data.levin_pairs())
     jobs = [(i, "gdc") for i in range(count)] + [(i, m) for m in ("l0", "gdc-learned") for i in range(0, count, EVERY)]
     photographs = [path.name for path in data.files("real_blur")]
-    with ProcessPoolExecutor(WORKERS, get_context("spawn"), initializer=os.setsid) as pool:
+    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         pictures = pool.map(_photograph, photographs)
         rows = list(tqdm(pool.map(_pair, jobs), total=len(jobs), desc="gdc-blind", disable=not progress))
         pictured = list(pictures)

@@ -32,7 +32,11 @@ def dgu_2(pg):
             for _ in range(600):
                 x = pg(x, A, y, weight, share / norm)
             limits.append(x)
-        yield "one limit", torch.allclose(limits[0], limits[1], atol=1e-6), "Two steps lead to two points: what depends on rho?"
+        yield (
+            "one limit",
+            torch.allclose(limits[0], limits[1], atol=1e-6),
+            "Two steps, two limits: what depends on rho?",
+        )
         slope = A.T @ (A @ x - y)
         off = torch.where(x == 0, (slope.abs() - weight).relu(), slope + weight * x.sign())
         yield "zero subgradient", off.abs().max() < 1e-6, "The limit does not minimise the energy."

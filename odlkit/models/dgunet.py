@@ -171,6 +171,8 @@ class DGUNet(nn.Module):
         count = s.stages if stages is None else stages
         if count < 2:
             raise ValueError(f"stages: expected at least 2, got {count}")
+        if count > 2 and not self.middle:
+            raise ValueError(f"stages: expected 2 of a network without a middle stage, got {count}")
         x = (y if operator is None else operator.A_adjoint(y)) if x0 is None else x0
         if x.dim() != 4 or x.shape[1] != s.channels:
             raise ValueError(f"y: expected images (B, C, H, W) of {s.channels} channels, got {tuple(x.shape)}")

@@ -122,11 +122,20 @@ def check(
 
 
 def estimate_noise(y: Tensor) -> float:
-    """The noise level from the finest wavelet details (median absolute deviation), the mean over items and channels."""
+    """The noise level from the finest wavelet details (median absolute deviation), the mean over items and channels.
+
+    A plane without details, such as a black one, counts as free of noise.
+    """
+    import warnings
+
+    import numpy as np
     from skimage.restoration import estimate_sigma
 
     planes = y.detach().cpu().reshape(-1, *y.shape[-2:]).numpy()
-    return float(estimate_sigma(planes, channel_axis=0, average_sigmas=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the median of no details is NaN
+        levels = estimate_sigma(planes, channel_axis=0)
+    return float(np.nan_to_num(levels).mean())
 
 
 # The boundary.

@@ -20,6 +20,7 @@ from odlkit.models.blind import D, Settings, Sharpen, Sweep, gradients, inside, 
 from odlkit.models.gdc import Corrective, Generative
 from odlkit.models.padnet import Schedule
 from odlkit.propagate import Result
+from odlkit.tasks.deblur import check as check_step
 from odlkit.tasks.deblur import deblur, estimate_noise, extend
 from odlkit.tasks.deblur_gdc import proposition_1
 from odlkit.tasks.report import Outcome, check_finite, check_model, report
@@ -51,6 +52,7 @@ def deblur_blind(
     """
     clock = time.monotonic()
     check(y, size, sigma, model)
+    check_step(y, torch.ones(size, size), sigma, final, "unknown", tile)
     luminance = y if y.shape[1] == 1 else (y * torch.tensor(LUMA).to(y).view(1, 3, 1, 1)).sum(1, keepdim=True)
     kernel, runs = estimate(luminance, size, model, settings, progress)
     level = estimate_noise(luminance) if sigma is None else float(sigma)
