@@ -85,6 +85,7 @@ def test_guards_see_each_fault(good):
     assert unchecked(spoilt(lambda n: n.cells[1].update(outputs=[])))
     assert unasserted(spoilt(lambda n: n.cells[1].update(source="print(1)")))
     assert undescribed(spoilt(lambda n: n.cells[4].metadata.clear()))
+    assert undescribed(spoilt(lambda n: n.cells[4].update(outputs=[])))
     html = {"text/html": '<img alt="" src="x">'}
     assert undescribed(spoilt(lambda n: n.cells[4].outputs.append(nbformat.v4.new_output("display_data", data=html))))
     frame = {"state": {"a": {"state": {"value": '<img src="data:x">'}}}}

@@ -66,7 +66,7 @@ def unasserted(notebook) -> list[str]:
 
 
 def undescribed(notebook) -> list[str]:
-    """Every picture has an alternative text, whether drawn, written as HTML, or a frame of a widget."""
+    """Every picture has an alternative text, whether drawn, written as HTML, or a frame of a widget; and every text a picture."""
     faults = []
     for cell in code_cells(notebook):
         data = [out.get("data", {}) for out in cell.outputs]
@@ -75,6 +75,8 @@ def undescribed(notebook) -> list[str]:
         if drawn and len(alt.strip()) < 10:
             line = cell.source.splitlines()[0]
             faults.append(f"no alt text: describe the figure in the header (mystnb: image: alt) of the cell {line}")
+        if alt and not drawn and not any("text/html" in bundle for bundle in data):
+            faults.append(f"no figure: end with plt.show() the cell {cell.source.splitlines()[0]}")
         faults += [tag for bundle in data for tag in _bare_images("".join(bundle.get("text/html", "")))]
     return faults + _bare_images(json.dumps(notebook.metadata.get("widgets", {})).replace('\\"', '"'))
 
