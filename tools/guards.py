@@ -66,7 +66,7 @@ def unasserted(notebook) -> list[str]:
 
 
 def undescribed(notebook) -> list[str]:
-    """Every picture has an alternative text, whether drawn, written as HTML, or a frame of a widget; and every text a picture."""
+    """Every picture has an alternative text, drawn, as HTML, or a frame of a widget; and every such text has a picture."""
     faults = []
     for cell in code_cells(notebook):
         data = [out.get("data", {}) for out in cell.outputs]
