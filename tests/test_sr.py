@@ -286,7 +286,7 @@ def test_bad_options_end_in_one_line_and_no_file(tmp_path, words):
 
 
 def test_tasks_and_models_are_listed():
-    assert [line.split()[0] for line in odlkit("tasks").stdout.splitlines()][:2] == ["deblur", "sr"]
+    assert {"deblur", "sr"} <= {line.split()[0] for line in odlkit("tasks").stdout.splitlines()}
     listing = odlkit("models").stdout
     assert listing.index("\nsr\n") < listing.index("  rpodm ", listing.index("\nsr\n")) and "  fista " in listing
     assert next(iter(MODELS)) == "rpodm" == super_resolve.__defaults__[0]
