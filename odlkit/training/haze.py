@@ -106,11 +106,13 @@ def one_move(net: ResidualNet, seen: Tensor, light: Tensor, t: Tensor, generator
     return [seeing(net, seen / light)(start, alpha)]
 
 
-def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], thin: bool, generator: torch.Generator) -> Tensor:
+def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], share: float, generator: torch.Generator) -> Tensor:
     """`log_error` of the transmissions and of the scenes that follow from them, on random crops with random haze.
 
-    With ``thin`` haze the scenes are also made brighter or darker, as rooms are brighter than landscapes.
+    A ``share`` of the batches has thin haze; their scenes are also made brighter or darker, as rooms are brighter than
+    landscapes.
     """
+    thin = torch.rand((), generator=generator).item() < share
     scene = patches(train, BATCH, SIDE, generator).to(best_device())
     if thin:
         scene = scene ** log_uniform(0.5, 1.5, BATCH, generator).to(scene)
@@ -142,7 +144,7 @@ def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) 
         last.bias[FOLD**2 :] = 0
     net = ResidualNet([unit]).to(best_device())
     train, held = pictures()
-    loss = partial(loss_of, partial(one_move, net), train, False)
+    loss = partial(loss_of, partial(one_move, net), train, 0.0)
     fit(
         net,
         loss,
@@ -156,14 +158,14 @@ def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) 
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
-def joint(out: Path, resume: bool = False, steps: tuple[int, int] = (500, 250), width: int = 32) -> None:
-    """Fine-tune through the iteration, then on thin haze as well, and write the weights and their card."""
+def joint(out: Path, resume: bool = False, steps: tuple[int, int] = (600, 1200), width: int = 32) -> None:
+    """Fine-tune through the iteration, then with every other batch of thin haze, and write the weights and their card."""
     net = greedy(out, resume=True, width=width).to(best_device())
     train, held = pictures()
     move: Callable[..., list[Tensor]] = lambda seen, light, t, generator: unroll(net, seen, light)  # noqa: E731
     run: dict[str, Any] = {"validate": partial(score, net, held), "lr": 5e-4, "out": out}
-    fit(net, partial(loss_of, move, train, False), steps=steps[0], name="padnet-haze-joint", resume=True, **run)
-    record = fit(net, partial(loss_of, move, train, True), steps=steps[1], name="padnet-haze", resume=resume, **run)
+    fit(net, partial(loss_of, move, train, 0.0), steps=steps[0], name="padnet-haze-joint", resume=True, **run)
+    record = fit(net, partial(loss_of, move, train, 0.5), steps=steps[1], name="padnet-haze", resume=resume, **run)
     card = {
         "name": "padnet-haze",
         "what": "IPADNet's network N_alpha on transmissions, shown the picture: one unit of seventeen convolutions",
