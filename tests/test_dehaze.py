@@ -160,7 +160,7 @@ def few_pictures(monkeypatch):
 def test_the_recipe_makes_seventeen_convolutions_that_leave_the_picture_alone(tmp_path, few_pictures, monkeypatch):
     """And says so in a card."""
     monkeypatch.setattr(training, "greedy", partial(training.greedy, steps=2))
-    training.joint(tmp_path, steps=(2, 2), width=4)
+    training.joint(tmp_path, steps=2, width=4)
     card = json.loads((tmp_path / "padnet-haze.json").read_text())
     assert card["network"]["units"][0]["depth"] == 17 and card["network"]["units"][0]["channels"] == 4
     net = training.greedy(tmp_path, resume=True, width=4)

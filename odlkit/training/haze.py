@@ -31,6 +31,7 @@ LAYERS, FOLD = 17, 4  # of the paper; folded four times four, so that a pixel is
 FIRST, LAST, DEPTH = 0.5, 0.1, 3  # alpha of the iterations
 BOUND = 3.0  # Condition 2's constant per pixel
 BATCH, SIDE, HELD_OUT = 8, 128, 8
+THIN = 0.5  # share of the batches with thin haze
 
 
 def pictures() -> tuple[list[Tensor], list[Tensor]]:
@@ -106,16 +107,16 @@ def one_move(net: ResidualNet, seen: Tensor, light: Tensor, t: Tensor, generator
     return [seeing(net, seen / light)(start, alpha)]
 
 
-def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], share: float, generator: torch.Generator) -> Tensor:
+def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], generator: torch.Generator) -> Tensor:
     """`log_error` of the transmissions and of the scenes that follow from them, on random crops with random haze.
 
-    A ``share`` of the batches has thin haze; their scenes are also made brighter or darker, as rooms are brighter than
-    landscapes.
+    A share of `THIN` of the batches has thin haze.  The scenes are made brighter or darker, each channel for itself a
+    little, as rooms are brighter than landscapes and lamps have a colour.
     """
-    thin = torch.rand((), generator=generator).item() < share
+    thin = torch.rand((), generator=generator).item() < THIN
     scene = patches(train, BATCH, SIDE, generator).to(best_device())
-    if thin:
-        scene = scene ** log_uniform(0.5, 1.5, BATCH, generator).to(scene)
+    tone = log_uniform(0.5, 1.5, BATCH, generator) * log_uniform(0.9, 1.1, 3 * BATCH, generator).view(BATCH, 3, 1, 1)
+    scene = scene ** tone.to(scene)
     seen, t, light = hazy_scenes(scene, generator, thin)
     found = move(seen, light, t, generator)
     return log_error(found, t) + log_error([radiance(seen, v, light) for v in found], scene)
@@ -134,7 +135,7 @@ def score(net: ResidualNet, held: list[Tensor]) -> float:
     return total / len(held)
 
 
-def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) -> ResidualNet:
+def greedy(out: Path, resume: bool = False, steps: int = 4000, width: int = 32) -> ResidualNet:
     """Train seventeen convolutions with batch normalization on one move; the picture's channels stay as they are."""
     torch.manual_seed(0)
     unit = ConvUnit(channels=4, width=width, depth=LAYERS, fold=FOLD, batch_norm=True)
@@ -144,7 +145,7 @@ def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) 
         last.bias[FOLD**2 :] = 0
     net = ResidualNet([unit]).to(best_device())
     train, held = pictures()
-    loss = partial(loss_of, partial(one_move, net), train, 0.0)
+    loss = partial(loss_of, partial(one_move, net), train)
     fit(
         net,
         loss,
@@ -158,14 +159,13 @@ def greedy(out: Path, resume: bool = False, steps: int = 2400, width: int = 32) 
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
 
-def joint(out: Path, resume: bool = False, steps: tuple[int, int] = (600, 1200), width: int = 32) -> None:
-    """Fine-tune through the iteration, then with every other batch of thin haze, and write the weights and their card."""
+def joint(out: Path, resume: bool = False, steps: int = 3000, width: int = 32) -> None:
+    """Fine-tune through the iteration after `greedy`, and write the weights and their card."""
     net = greedy(out, resume=True, width=width).to(best_device())
     train, held = pictures()
-    move: Callable[..., list[Tensor]] = lambda seen, light, t, generator: unroll(net, seen, light)  # noqa: E731
-    run: dict[str, Any] = {"validate": partial(score, net, held), "lr": 5e-4, "out": out}
-    fit(net, partial(loss_of, move, train, 0.0), steps=steps[0], name="padnet-haze-joint", resume=True, **run)
-    record = fit(net, partial(loss_of, move, train, 0.5), steps=steps[1], name="padnet-haze", resume=resume, **run)
+    loss = partial(loss_of, lambda seen, light, t, generator: unroll(net, seen, light), train)
+    validate = partial(score, net, held)
+    record = fit(net, loss, validate=validate, steps=steps, lr=5e-4, out=out, name="padnet-haze", resume=resume)
     card = {
         "name": "padnet-haze",
         "what": "IPADNet's network N_alpha on transmissions, shown the picture: one unit of seventeen convolutions",
