@@ -151,7 +151,7 @@ def _options(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--boundary", default=None, help="unknown (photographs, the default) or circular.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn at random.")
-@click.option("--tile", type=int, default=None, help="Restore squares of this size one by one, to bound the memory.")
+@click.option("--tile", type=int, default=None, help="Restore squares this far apart, one by one, to bound the memory.")
 @click.option("--mask", default=None, help="Known pixels (white), for tasks that need it.")
 @click.option("--scale", type=int, default=None, help="Magnification, for tasks that need it.")
 @click.option("--ratio", type=float, default=None, help="Sampling ratio, for tasks that need it.")

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from odlkit.images import centre
+
 SAMPLES = ("camera", "astronaut", "coffee", "chelsea", "rocket", "coins", "brick", "moon", "page")
 
 PICTURES = {".png", ".bmp", ".jpg", ".jpeg", ".tif"}  # the suffixes of images
@@ -160,9 +162,7 @@ def sample(name: str = "camera", size: int | tuple[int, int] | None = None, gray
         raise ValueError(f"size: expected positive numbers of pixels, got {size}")
     scale = min(x.shape[-2] / height, x.shape[-1] / width)
     h, w = max(round(height * scale), 1), max(round(width * scale), 1)
-    top, left = (x.shape[-2] - h) // 2, (x.shape[-1] - w) // 2
-    window = x[..., top : top + h, left : left + w]
-    return nnf.interpolate(window, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return nnf.interpolate(centre(x, (h, w)), (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def samples(size: int | tuple[int, int] | None = None, gray: bool = True) -> dict[str, Tensor]:

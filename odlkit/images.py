@@ -155,6 +155,13 @@ def write(path: Path | str, x: Tensor, like: Picture) -> None:
             Image.fromarray(array).save(handle, format=kind, **options, **({} if kind == "BMP" else like.info))
 
 
+def centre(x: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """The middle of ``x`` ``(..., H, W)``: ``size`` pixels a side or ``(height, width)``, all of a side that has fewer."""
+    height, width = (size, size) if isinstance(size, int) else size
+    top, left = max(x.shape[-2] - height, 0) // 2, max(x.shape[-1] - width, 0) // 2
+    return x[..., top : top + height, left : left + width]
+
+
 def matching(x: Tensor, like: Picture) -> Picture:
     """``x`` as a picture with the depth and metadata of ``like``; its alpha is resized (bicubic) to that of ``x``."""
     alpha, size = like.alpha, tuple(x.shape[-2:])

@@ -15,9 +15,10 @@ from odlkit.operators import Blur, BlurDecimate, Identity, Mask, ValidBlur
 from odlkit.propagate import PropagationError
 from odlkit.tasks import dgunet as task
 from odlkit.tasks.deblur import deblur
-from odlkit.tasks.dgunet import KNOWN, MOTION, OVERLAP, normalized, staged
+from odlkit.tasks.dgunet import KNOWN, MOTION, normalized, staged
 from odlkit.tasks.inpaint import inpaint
 from odlkit.tasks.sr import SCALES, bicubic_kernel, super_resolve
+from odlkit.tasks.tiles import OVERLAP
 from odlkit.training import paper
 from odlkit.training import restore as recipes
 from odlkit.training.masks import missing_at_random

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from odlkit import data
 from odlkit.bench import provenance
+from odlkit.images import centre
 from odlkit.metrics import psnr
 from odlkit.models.dgunet import DGUNet
 from odlkit.networks.hourglass import Fusion, Projection
@@ -106,18 +107,12 @@ def one(name: str, seed: int, out: Path, train: list[Tensor], x: Tensor, y: Tens
     return {"psnr": record["validation_psnr"], "parameters": count, "seconds": record["seconds"]}
 
 
-def centre(x: Tensor) -> Tensor:
-    """The centre crop, ``CROP x CROP``."""
-    top, left = ((side - CROP) // 2 for side in x.shape[-2:])
-    return x[..., top : top + CROP, left : left + CROP]
-
-
 def run(progress: bool = False) -> dict[str, Any]:
     """PSNR on Set14 under drawn rain, every variant and seed; after a stop it goes on from what the temporary folder has."""
     from tqdm import tqdm
 
     clock, train = time.monotonic(), data.images("train400")
-    x = torch.cat([centre(image) for image in data.images("set14")])
+    x = torch.cat([centre(image, CROP) for image in data.images("set14")])
     y = (x + streaks((len(x), CROP, CROP), torch.Generator().manual_seed(100), heavy=0.0)).clamp(0, 1)
     out = Path(tempfile.gettempdir()) / f"odlkit-dgunet-ablation-{commit()}"
     jobs = [(name, seed) for seed in SEEDS for name in VARIANTS]

@@ -65,11 +65,8 @@ def run(progress: bool = False) -> dict[str, Any]:
 
 def classical(operator: BlockSampling, images: Sequence[Tensor], about: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the picture of least norm and of the two energies, from the measurements that this operator takes."""
-    found = [
-        scored(
-            about | {"model": "least norm"}, [agree(operator, torch.zeros_like(x), operator.A(x)) for x in images], images
-        )
-    ]
+    least = [agree(operator, torch.zeros_like(x), operator.A(x)) for x in images]
+    found = [scored(about | {"model": "least norm"}, least, images)]
     for model in CLASSICAL:
         weight, steps = tuned(operator, model)
         restored = [fista(operator, operator.A(x), model, weight, steps, energy=False).x for x in images]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from odlkit import data, weights
 from odlkit.bench import gdc, podm_sr, provenance
+from odlkit.images import centre
 from odlkit.metrics import psnr, psnr_up_to_shift
 from odlkit.operators import ValidBlur
 from odlkit.tasks import deblur as deblurring
@@ -98,15 +99,11 @@ def photographs(scenes: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[tup
     found = []
     for i, kernel in enumerate(kernels):
         blur, noise = ValidBlur(kernel), torch.Generator().manual_seed(i)
-        x = torch.cat([_centre(scene, CROP + kernel.shape[-2] - 1, CROP + kernel.shape[-1] - 1) for scene in scenes])
+        size = CROP + kernel.shape[-2] - 1, CROP + kernel.shape[-1] - 1
+        x = torch.cat([centre(scene, size) for scene in scenes])
         y = blur.A(x)
         found.append((blur.crop(x), y + UNKNOWN_NOISE * torch.randn(y.shape, generator=noise), kernel))
     return found
-
-
-def _centre(x: Tensor, height: int, width: int) -> Tensor:
-    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
-    return x[..., top : top + height, left : left + width]
 
 
 def unknown_blur(progress: bool) -> list[dict[str, Any]]:

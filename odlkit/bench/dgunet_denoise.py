@@ -18,6 +18,7 @@ from torch import Tensor
 
 from odlkit import data
 from odlkit.bench import provenance
+from odlkit.images import centre
 from odlkit.metrics import psnr, ssim
 from odlkit.tasks.deblur import estimate_noise
 from odlkit.tasks.denoise import denoise
@@ -36,12 +37,6 @@ TABLE_3 = {
     "SIDD": {"DGUNet": [39.88, 0.959], "BM3D": [25.65, 0.685]},
     "DND": {"DGUNet": [40.04, 0.956], "BM3D": [34.51, 0.851]},
 }
-
-
-def centre(x: Tensor) -> Tensor:
-    """The middle ``SIDE x SIDE`` pixels."""
-    top, left = ((n - SIDE) // 2 for n in x.shape[-2:])
-    return x[..., top : top + SIDE, left : left + SIDE]
 
 
 def bm3d(y: Tensor, sigma: float) -> Tensor:
@@ -67,7 +62,7 @@ CLASSICAL: dict[str, Method] = {name: partial(_task, name) for name in ("tv", "w
 
 def real(name: str) -> list[camera.Pair]:
     """The centres of the test pairs of a set."""
-    return [camera.Pair(p.name, centre(p.clean), centre(p.noisy)) for p in camera.real_pairs(name, test=True)]
+    return [camera.Pair(p.name, centre(p.clean, SIDE), centre(p.noisy, SIDE)) for p in camera.real_pairs(name, test=True)]
 
 
 def gaussian(name: str) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -75,7 +70,7 @@ def gaussian(name: str) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     pictures = data.images(name, gray=BSD[name] == 1)[::EVERY]
     for level in LEVELS:
         for i, picture in enumerate(pictures):
-            x = centre(picture)
+            x = centre(picture, SIDE)
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
             yield level, i, x, x + level / 255 * noise
 

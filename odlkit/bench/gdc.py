@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from odlkit import data, weights
 from odlkit.bench import provenance
+from odlkit.images import centre
 from odlkit.metrics import psnr, ssim
 from odlkit.models.gdc_joint import SPEED, CascadeNet
 from odlkit.operators import Blur, Gradient
@@ -72,8 +73,7 @@ def scenes() -> dict[str, list[tuple[Tensor, Blur]]]:
     """Batches ``(pictures, blur)``: BSD68 with Levin's kernels in turn, and eight of Levin's sharp images, one a kernel."""
     kernels = data.levin_kernels()
     pictures = data.images("bsd68")
-    half = CROP // 2
-    crops = [x[..., x.shape[-2] // 2 - half :, x.shape[-1] // 2 - half :][..., :CROP, :CROP] for x in pictures]
+    crops = [centre(x, CROP) for x in pictures]
     pairs = data.levin_pairs()
     chosen = {int(pair.name[-2:]): pair for pair in pairs}  # the last scene that has the kernel
     return {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from odlkit import data
 from odlkit.bench import provenance
+from odlkit.images import centre
 from odlkit.linear import Operator
 from odlkit.metrics import psnr
 from odlkit.operators import Blur, Mask
@@ -35,12 +36,6 @@ TOLERANCE = 0.05  # dB a factor e in the weights, below which a slope counts as 
 SURE = 1e-3  # root mean square distance to u* that the rivals' and the test's solves are sure to keep
 
 
-def centre(x: Tensor, size: int) -> Tensor:
-    """The centre crop, in float64."""
-    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
-    return x[..., top : top + size, left : left + size].double()
-
-
 def operator(task: str, size: int, seed: int) -> Operator:
     """A Levin kernel's blur, or a mask of that seed that keeps half of the pixels."""
     if task == "deblurring":
@@ -56,9 +51,9 @@ def observe(A: Operator, x: Tensor, noise: float, seed: int) -> Tensor:
 
 
 def pictures(seed: int) -> tuple[Tensor, Tensor]:
-    """Four training crops of that seed, and the ten test crops."""
-    train = [centre(x, TRAIN) for x in data.images("train400")[97 * seed :: 23][:4]]
-    return torch.cat(train), torch.cat([centre(x, TEST) for x in [*data.images("set5"), *data.images("bsd68")[6::14][:5]]])
+    """Four training crops of that seed, and the ten test crops, in float64."""
+    train, test = data.images("train400")[97 * seed :: 23][:4], [*data.images("set5"), *data.images("bsd68")[6::14][:5]]
+    return torch.cat([centre(x, TRAIN) for x in train]).double(), torch.cat([centre(x, TEST) for x in test]).double()
 
 
 class Scalar:

@@ -19,6 +19,7 @@ from torch.nn import functional as nnf
 
 from odlkit import data, weights
 from odlkit.bench import provenance
+from odlkit.images import centre
 from odlkit.models.padnet import Constants, Explicit, Schedule
 from odlkit.models.padnet_gradient import Repeated, Staged, Stages, explicit, gradient_problem, implicit
 from odlkit.operators import Blur, Gradient
@@ -98,8 +99,7 @@ def instances(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     for x, k in found:
         h, w = ((largest - n) // 2 for n in k.shape)  # odd sides: the centre stays at (h // 2, w // 2)
         kernels.append(nnf.pad(k, (w, w, h, h))[None, None])
-        top, left = ((n - SIZE) // 2 for n in x.shape[-2:])
-        crops.append(x[..., top : top + SIZE, left : left + SIZE])
+        crops.append(centre(x, SIZE))
     x, kernel = torch.cat(crops), torch.cat(kernels)
     y = Blur(kernel).A(x)
     return y + SIGMA * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)), kernel, Gradient().A(x)

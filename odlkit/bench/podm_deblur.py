@@ -16,6 +16,7 @@ from odlkit import data
 from odlkit.bench import provenance
 from odlkit.bench.padnet_deblur import SEEDS, SIGMA, captures, cases, observe, rows_of, scores
 from odlkit.bench.rough_kernel import EDGES, RIDGE, TURNS, estimate_kernel, whiteness
+from odlkit.images import centre
 from odlkit.operators import Gradient
 from odlkit.tasks import deblur as task
 
@@ -84,7 +85,7 @@ def real(progress: bool = False) -> dict[str, Any]:
     rows = []
     pictures = dict(zip((path.stem for path in data.files("real_blur")), data.images("real_blur"), strict=True))
     for name, y in cases(list(pictures), None, "rpodm-real", progress, pictures):
-        kernel = estimate_kernel(central(y, CROP), KERNEL)
+        kernel = estimate_kernel(centre(y, CROP), KERNEL)
         rows.append({"picture": name, "method": "blurred", "sparsity": sparsity(y)})
         for model in models:
             x, report = task.deblur(y, kernel, None, model=model)
@@ -101,12 +102,6 @@ def real(progress: bool = False) -> dict[str, Any]:
         "settings": {"kernel_size": KERNEL, "crop": CROP, "turns": TURNS, "edges": EDGES, "ridge": RIDGE},
         "seconds": round(time.monotonic() - clock),
     } | provenance("rpodm-real", ("real_blur",), (), NETWORKS)
-
-
-def central(y: Tensor, side: int) -> Tensor:
-    """The middle of a picture, at most ``side`` by ``side``."""
-    top, left = (max(n - side, 0) // 2 for n in y.shape[-2:])
-    return y[..., top : top + side, left : left + side]
 
 
 def sparsity(x: Tensor) -> float:

@@ -16,15 +16,14 @@ from torch.nn import functional as nnf
 from odlkit import weights
 from odlkit.operators import Identity
 from odlkit.priors import TV
-from odlkit.problem import LeastSquares, Problem, norm_items
-from odlkit.propagate import Result, State, Status, Trace, propagate
+from odlkit.problem import LeastSquares, Problem
+from odlkit.propagate import propagate
 from odlkit.solvers import ProximalGradient
 from odlkit.tasks.deblur import estimate_noise
-from odlkit.tasks.dgunet import staged
-from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
-from odlkit.tasks.tiles import tiled
+from odlkit.tasks.dgunet import blind
+from odlkit.tasks.report import Model, Outcome, check_image, check_model, check_sigma, recorded, report
+from odlkit.tasks.tiles import in_parts
 
-OVERLAP = 64  # of tiles
 WAVELET, WAVELET_LEVELS = "db4", 4
 MARGIN = 8  # pixels continued by the border, where total variation would join opposite sides
 TV_FACTOR = 0.65  # lambda = 0.65 sigma: between what is best for sigma = 15 and 25 on the last pictures of train400
@@ -37,31 +36,20 @@ def denoise(
     """Remove noise from ``y`` ``(B, C, H, W)`` in [0, 1], C = 1 or 3: an image of its shape, and a report of the run.
 
     ``model`` is one of `MODELS`; ``sigma`` in [0, 1) is the standard deviation for those that ask for it, estimated from
-    the picture if it is ``None``.  ``tile`` restores squares of that size one by one, each `OVERLAP` pixels larger, and
-    blends them there.  Raises ``ValueError`` for bad arguments.
+    the picture if it is ``None``.  ``tile`` restores squares one by one, as `odlkit.tasks.tiles.in_parts` has it.  Raises
+    ``ValueError`` for bad arguments.
     """
     clock = time.monotonic()
     check_model(model, MODELS)
-    if y.dim() != 4 or not y.is_floating_point() or y.shape[1] not in (1, 3):
-        raise ValueError(f"input: expected a floating point tensor (B, 1 or 3, H, W), got {tuple(y.shape)} of {y.dtype}")
-    check_finite(y)
-    if sigma is not None and not 0 <= float(sigma) < 1:
-        raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
-    if tile is not None and tile < 16:
-        raise ValueError(f"tile: expected at least 16 pixels, got {tile}")
+    check_image(y, (1, 3))
+    check_sigma(sigma)
     notes, level = [], None if sigma is None else float(sigma)
     if model == "dgunet" and sigma is not None:
         notes.append("sigma: not used, this network takes noise as it comes")
     elif model != "dgunet" and level is None:
         level = estimate_noise(y)
         notes.append(f"sigma: not given, estimated as {level:.4f}; too low where neighbours have the same noise")
-    outcomes: list[Outcome] = []
-
-    def run(z: Tensor) -> Tensor:
-        outcomes.append(MODELS[model].run(z, level))
-        return outcomes[-1].x
-
-    x = run(y) if tile is None else tiled(run, y, tile + OVERLAP, OVERLAP, progress)
+    x, outcomes = in_parts(lambda z: MODELS[model].run(z, level), y, tile, progress=progress)
     return x, report("denoise", model, clock, outcomes, y, x, settings={"sigma": level, "tile": tile}, notes=notes)
 
 
@@ -69,12 +57,7 @@ def denoise(
 
 
 def _dgunet(y: Tensor, sigma: float | None) -> Outcome:
-    """A gray picture is one of three equal channels, as in training; what comes back is averaged."""
-    net: Any = weights.load("dgunet-denoise").to(y)
-    outcome = staged(net, y.expand(-1, 3, -1, -1))
-    outcome.x = outcome.x.mean(1, keepdim=True) if y.shape[1] == 1 else outcome.x
-    outcome.certificate["statement"] += "; fine texture may go with the noise, and noise it has not seen may stay"
-    return outcome
+    return blind("dgunet-denoise", y, None, "fine texture may go with the noise, and noise it has not seen may stay")
 
 
 def _network(y: Tensor, sigma: float) -> Outcome:
@@ -115,11 +98,7 @@ def _wavelet(y: Tensor, sigma: float) -> Outcome:
 
 
 def _formula(x: Tensor, y: Tensor, statement: str) -> Outcome:
-    change = norm_items(x - y)
-    trace = Trace()
-    trace.rows.append({"change": change, "norm": norm_items(x)})
-    result = Result(x, Status.STEP_LIMIT, 1, (change / norm_items(y).clamp_min(1e-30)).max().item(), trace, State(x, 1))
-    return Outcome(x, result, {"guarantee": "none", "statement": statement, "holds": None})
+    return Outcome(x, recorded([x], y), {"guarantee": "none", "statement": statement, "holds": None})
 
 
 MODELS = {  # each run as run(y, sigma)

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from odlkit import weights
 from odlkit.linear import Operator
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem, sum_items
 from odlkit.propagate import propagate
 from odlkit.solvers import ADMM
-from odlkit.tasks.dgunet import staged
-from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
-from odlkit.tasks.tiles import tiled
+from odlkit.tasks.dgunet import blind
+from odlkit.tasks.report import Model, Outcome, check_image, check_model, report
+from odlkit.tasks.tiles import in_parts
 
 NETWORK = "dgunet-derain"
-OVERLAP = 64  # of tiles
 # Chosen on scenes under drawn rain that no training saw (`odlkit.training.rain.scenes`), not on Rain100L.
 TRUST, ALONG, SPARSE, PENALTY, STEPS = 0.01, 0.5, 0.2, 10.0, 40
 REACH = 4  # rows between the two pixels of a difference along the streaks
@@ -36,23 +34,13 @@ def derain(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Remove rain from ``y`` ``(B, C, H, W)`` in [0, 1], C = 1 or 3: an image of its shape, and a report of the run.
 
-    ``model`` is one of `MODELS`; a gray picture is restored as one of three equal channels.  ``tile`` restores squares of
-    that size one by one, each `OVERLAP` pixels larger, and blends them there.  Raises ``ValueError`` for bad arguments.
+    ``model`` is one of `MODELS`; a gray picture is restored as one of three equal channels.  ``tile`` restores squares one
+    by one, as `odlkit.tasks.tiles.in_parts` has it.  Raises ``ValueError`` for bad arguments.
     """
     clock = time.monotonic()
     check_model(model, MODELS)
-    if y.dim() != 4 or not y.is_floating_point() or y.shape[1] not in (1, 3):
-        raise ValueError(f"input: expected a floating point tensor (B, 1 or 3, H, W), got {tuple(y.shape)} of {y.dtype}")
-    check_finite(y)
-    if tile is not None and tile < 16:
-        raise ValueError(f"tile: expected at least 16 pixels, got {tile}")
-    outcomes: list[Outcome] = []
-
-    def run(z: Tensor) -> Tensor:
-        outcomes.append(MODELS[model].run(z, steps, progress and tile is None))
-        return outcomes[-1].x
-
-    x = run(y) if tile is None else tiled(run, y, tile + OVERLAP, OVERLAP, progress)
+    check_image(y, (1, 3))
+    x, outcomes = in_parts(lambda z: MODELS[model].run(z, steps, progress and tile is None), y, tile, progress=progress)
     return x, report("derain", model, clock, outcomes, y, x, settings={"tile": tile})
 
 
@@ -60,11 +48,8 @@ def derain(
 
 
 def _dgunet(y: Tensor, steps: int | None, progress: bool) -> Outcome:
-    net: Any = weights.load(NETWORK).to(y)
-    outcome = staged(net, y.expand(-1, 3, -1, -1), stages=steps)
-    outcome.x = outcome.x.mean(1, keepdim=True) if y.shape[1] == 1 else outcome.x
-    outcome.certificate["statement"] += "; learned from drawn streaks, so other bright lines may go and other rain may stay"
-    return outcome
+    more = "learned from drawn streaks, so other bright lines may go and other rain may stay"
+    return blind(NETWORK, y, steps, more)
 
 
 class Directional:

@@ -17,17 +17,16 @@ from odlkit.linear import LinearMap, Operator
 from odlkit.models.dgunet import DGUNet
 from odlkit.operators import Blur, BlurDecimate, Mask
 from odlkit.problem import norm_items
-from odlkit.propagate import PropagationError, Result, State, Status, Trace
+from odlkit.propagate import PropagationError, Status
 from odlkit.solvers import tikhonov
-from odlkit.tasks.report import Outcome, report
-from odlkit.tasks.tiles import tiled
+from odlkit.tasks.report import Outcome, recorded, report
+from odlkit.tasks.tiles import in_parts
 
 KNOWN, MOTION = "dgunet-known", "dgunet-deblur"  # the shipped networks
 START = 100.0  # the smooth start of known blur weighs ||D x||^2 with 100 sigma^2: slopes of about 0.1
 SMOOTH = 1e-3  # the same weight where a picture is enlarged, without noise
-OVERLAP = 64  # of tiles, for unknown blur
 PLAIN = "trained stages, run unchecked: nothing makes an energy fall, and no theorem applies"
-BLIND = PLAIN + "; nobody knows the blur, so what looks sharp may be wrong"
+UNKNOWN = PLAIN + "; nobody knows the blur, so what looks sharp may be wrong"
 
 
 def staged(
@@ -39,19 +38,22 @@ def staged(
     """
     with torch.no_grad():
         images = net(y, operator, x0, stages)
-    x = x0 if x0 is not None else y if operator is None else operator.A_adjoint(y)
-    trace, relative = Trace(), torch.inf
-    for image in images:
-        change, norm = norm_items(image - x), norm_items(image)
-        trace.rows.append({"change": change, "norm": norm})
-        if operator is not None:
-            trace.rows[-1]["misfit"] = norm_items(operator.A(image) - y)
-        relative, x = (change / norm_items(x).clamp_min(1e-30)).max().item(), image
-    status = Status.STEP_LIMIT if bool(torch.isfinite(x).all()) else Status.NOT_FINITE
-    result = Result(x, status, len(images), relative, trace, State(x, len(images)))
-    if status is Status.NOT_FINITE:
-        raise PropagationError(f"DGUNet: {status.value} after {len(images)} stages", result)
-    return Outcome(x, result, {"guarantee": "none", "statement": PLAIN, "holds": None})
+    result = recorded(images, x0 if x0 is not None else y if operator is None else operator.A_adjoint(y))
+    if result.status is Status.NOT_FINITE:
+        raise PropagationError(f"DGUNet: {result.status.value} after {len(images)} stages", result)
+    if operator is not None:
+        for row, image in zip(result.trace.rows, images, strict=True):
+            row["misfit"] = norm_items(operator.A(image) - y)
+    return Outcome(result.x, result, {"guarantee": "none", "statement": PLAIN, "holds": None})
+
+
+def blind(name: str, y: Tensor, stages: int | None, more: str) -> Outcome:
+    """A network of three channels on ``y``; gray is three equal ones, averaged back.  ``more`` is what it says of itself."""
+    net: Any = weights.load(name).to(y)
+    outcome = staged(net, y.expand(-1, 3, -1, -1), stages=stages)
+    outcome.x = outcome.x.mean(1, keepdim=True) if y.shape[1] == 1 else outcome.x
+    outcome.certificate["statement"] = f"{PLAIN}; {more}"
+    return outcome
 
 
 # Known A: each as the tasks call their models.
@@ -100,20 +102,18 @@ def motion(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Deblur ``y`` ``(B, C, H, W)`` in [0, 1] whose kernel nobody knows: the image, of the shape of ``y``, and a report.
 
-    What undoes blur was learned from motion within 13 pixels; more is not undone.  ``tile`` restores squares of that size
-    one by one, each `OVERLAP` pixels larger, and blends them there.
+    What undoes blur was learned from motion within 13 pixels; more is not undone.  ``tile`` restores squares one by one, as
+    `odlkit.tasks.tiles.in_parts` has it.
     """
     clock = time.monotonic()
     net: Any = weights.load(MOTION).to(y)
-    outcomes: list[Outcome] = []
 
-    def run(z: Tensor) -> Tensor:
-        outcomes.append(staged(net, z, stages=steps))
-        outcomes[-1].certificate["statement"] = BLIND
-        return outcomes[-1].x
+    def run(z: Tensor) -> Outcome:
+        outcome = staged(net, z, stages=steps)
+        outcome.certificate["statement"] = UNKNOWN
+        return outcome
 
-    channels = y.reshape(-1, 1, *y.shape[-2:])
-    x = run(channels) if tile is None else tiled(run, channels, tile + OVERLAP, OVERLAP, progress)
+    x, outcomes = in_parts(run, y.reshape(-1, 1, *y.shape[-2:]), tile, progress=progress)
     settings = {"sigma": None, "boundary": "unknown", "tile": tile}
     notes = ["kernel: not given, so the blur is unknown; what undoes it was learned"]
     told = report("deblur", "dgunet", clock, outcomes, y, x.reshape(y.shape), settings=settings, notes=notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from odlkit.certify import descent, error_condition
-from odlkit.propagate import Result
+from odlkit.problem import norm_items
+from odlkit.propagate import Result, State, Status, Trace
 
 ROUND_OFF = 1e-5  # relative, what certificates grant single precision
 
@@ -86,6 +87,17 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
+def recorded(images: Sequence[Tensor], x: Tensor) -> Result:
+    """Images made one after the other from ``x``, not by `propagate`, as a run: ``change`` and ``norm`` of each."""
+    trace, relative = Trace(), torch.inf
+    for image in images:
+        change = norm_items(image - x)
+        trace.rows.append({"change": change, "norm": norm_items(image)})
+        relative, x = (change / norm_items(x).clamp_min(1e-30)).max().item(), image
+    status = Status.STEP_LIMIT if bool(torch.isfinite(x).all()) else Status.NOT_FINITE
+    return Result(x, status, len(images), relative, trace, State(x, len(images)))
+
+
 def report(
     task: str, model: str, clock: float, outcomes: list[Outcome], y: Tensor, x: Tensor, **more: Any
 ) -> dict[str, Any]:
@@ -111,6 +123,20 @@ def check_model(model: str, known: Iterable[str]) -> None:
     """Raise ``ValueError`` unless the model is one of the task's."""
     if model not in known:
         raise ValueError(f"model: expected one of {', '.join(known)}, got {model!r}")
+
+
+def check_image(y: Tensor, channels: Sequence[int] | None = None) -> None:
+    """Raise ``ValueError`` unless ``y`` is ``(B, C, H, W)``, C one of ``channels`` if these are given, and finite."""
+    if y.dim() != 4 or not y.is_floating_point() or (channels and y.shape[1] not in channels):
+        C = " or ".join(map(str, channels)) if channels else "C"
+        raise ValueError(f"input: expected a floating point tensor (B, {C}, H, W), got {tuple(y.shape)} of {y.dtype}")
+    check_finite(y)
+
+
+def check_sigma(sigma: float | None) -> None:
+    """Raise ``ValueError`` unless the noise level, if one is given, is in [0, 1)."""
+    if sigma is not None and not 0 <= float(sigma) < 1:
+        raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
 
 
 def check_finite(y: Tensor) -> None:

@@ -25,14 +25,13 @@ from odlkit.propagate import Result, propagate
 from odlkit.solvers import FISTA
 from odlkit.tasks.deblur import wavelet_prior
 from odlkit.tasks.dgunet import staged
-from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
-from odlkit.tasks.tiles import tiled
+from odlkit.tasks.report import Model, Outcome, check_finite, check_image, check_model, report
+from odlkit.tasks.tiles import in_parts
 
 # (1/2) ||A x - y||^2 + weight R: weight and steps, chosen on the validation part of train400 for the matrices at 10 and
 # 25% together.  The minimisers are worse than where few steps lead, which counts most for the wavelets.
 CHOSEN = {"fista-wavelet": (4e-3, 50), "fista-tv": (3e-3, 100)}
 TOLERANCE = 1e-4  # relative change at which they stop
-OVERLAP = 64  # pixels by which squares overlap: two blocks
 
 
 def networks() -> dict[float, str]:
@@ -41,12 +40,12 @@ def networks() -> dict[float, str]:
     return {about["ratio"]: name for name, about in found.items() if name == f"dgunet-cs-{round(100 * about['ratio'])}"}
 
 
-def network(ratio: float) -> Sensing:
-    """The matrix and network for that share.  Raises ``ValueError`` when there is none."""
+def network(ratio: float) -> tuple[Sensing, str]:
+    """The matrix with its network for that share, and their name.  Raises ``ValueError`` when there is none."""
     known = networks()
     if ratio not in known:
         raise ValueError(f"ratio: expected one of {', '.join(f'{r:g}' for r in sorted(known))}, got {ratio}")
-    return weights.load(known[ratio])  # type: ignore[return-value]
+    return weights.load(known[ratio]), known[ratio]  # type: ignore[return-value]
 
 
 def measure(x: Tensor, operator: BlockSampling) -> Tensor:
@@ -68,21 +67,11 @@ def sense(
     """Measure ``x`` ``(B, C, H, W)`` in [0, 1] and recover it: an image of its shape, and a report of the run.
 
     ``ratio`` is the share of measurements, one of `networks`; ``model`` is one of `MODELS`, all from the same measurements,
-    without noise.  ``tile`` recovers squares of that size, to bound the memory.  Raises ``ValueError`` for bad arguments.
+    without noise.  ``tile`` recovers squares one by one, as `odlkit.tasks.tiles.in_parts` has it, in whole blocks.  Raises
+    ``ValueError`` for bad arguments.
     """
-    clock = time.monotonic()
-    check_model(model, MODELS)
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(x.shape)} of {x.dtype}")
-    check_finite(x)
-    net = network(ratio).to(x)
-    y = measure(x, net.operator)
-    restored, outcomes = _run(net, y, model, tile, steps, progress)
-    restored = restored[..., : x.shape[-2], : x.shape[-1]].reshape(x.shape)
-    settings = {"ratio": ratio, "matrix": networks()[ratio], "tile": tile}
-    told = f"input: measured here, {y.numel()} numbers without noise for {x.numel()} values, each channel by itself"
-    about = {"input": {"measurements": list(y.shape)}, "settings": settings, "notes": [told]}
-    return restored, report("cs", model, clock, outcomes, x, restored, **about)
+    check_image(x)
+    return _run(x, True, ratio, model, tile, steps, progress)
 
 
 def recover(
@@ -98,31 +87,37 @@ def recover(
 
     Raises ``ValueError`` as `sense` does, and for another number of measurements than the matrix has rows.
     """
-    clock = time.monotonic()
-    check_model(model, MODELS)
-    net = network(ratio).to(y)
-    net.check(y)
-    check_finite(y)
-    x, outcomes = _run(net, y, model, tile, steps, progress)
-    return x, report(
-        "cs", model, clock, outcomes, y, x, settings={"ratio": ratio, "matrix": networks()[ratio], "tile": tile}
-    )
+    return _run(y, False, ratio, model, tile, steps, progress)
 
 
 def _run(
-    net: Sensing, y: Tensor, model: str, tile: int | None, steps: int | None, progress: bool
-) -> tuple[Tensor, list[Outcome]]:
-    """The model on the whole, or on squares: for these the numbers of a block are laid out in the place of its pixels."""
-    outcomes: list[Outcome] = []
+    given: Tensor, picture: bool, ratio: float, model: str, tile: int | None, steps: int | None, progress: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    """A picture, measured here, or measurements, recovered as a whole or in squares.
+
+    For squares the numbers of a block are laid out in the place of its pixels.
+    """
+    clock = time.monotonic()
+    check_model(model, MODELS)
+    net, name = network(ratio)
+    net = net.to(given)
+    y = measure(given, net.operator) if picture else given
+    net.check(y)
+    check_finite(y)
     size, rows = net.operator.size, len(net.phi)
 
-    def run(codes: Tensor) -> Tensor:
+    def run(codes: Tensor) -> Outcome:
         part = nnf.pixel_unshuffle(codes, size)[:, :rows]
-        outcomes.append(MODELS[model].run(net, part, steps, progress and tile is None))
-        return outcomes[-1].x
+        return MODELS[model].run(net, part, steps, progress and tile is None)
 
     codes = nnf.pixel_shuffle(nnf.pad(y, (0, 0, 0, 0, 0, size**2 - rows)), size)
-    return run(codes) if tile is None else tiled(run, codes, tile, OVERLAP, progress, size), outcomes
+    x, outcomes = in_parts(run, codes, tile, progress=progress, multiple=size)
+    about: dict[str, Any] = {"settings": {"ratio": ratio, "matrix": name, "tile": tile}}
+    if picture:
+        x = x[..., : given.shape[-2], : given.shape[-1]].reshape(given.shape)
+        told = f"input: measured here, {y.numel()} numbers without noise for {x.numel()} values, each channel by itself"
+        about |= {"input": {"measurements": list(y.shape)}, "notes": [told]}
+    return x, report("cs", model, clock, outcomes, given, x, **about)
 
 
 # The models: each gets the matrix with its network, of which the classical ones use the former only, and measurements.

@@ -7,6 +7,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from odlkit.tasks.report import Outcome
+
+OVERLAP = 64  # pixels that the squares of a network share
+
+
+def in_parts(
+    run: Callable[[Tensor], Outcome],
+    y: Tensor,
+    tile: int | None,
+    overlap: int = OVERLAP,
+    progress: bool = False,
+    multiple: int = 8,
+) -> tuple[Tensor, list[Outcome]]:
+    """What ``run`` restores of ``y`` ``(B, C, H, W)`` and its outcomes: as a whole, or in `tiled` squares.
+
+    Each square is ``overlap`` pixels larger than ``tile``, which is how far it may be from the next.  Raises ``ValueError``
+    for a tile below 16 pixels or below ``multiple``.
+    """
+    outcomes: list[Outcome] = []
+
+    def part(z: Tensor) -> Tensor:
+        outcomes.append(run(z))
+        return outcomes[-1].x
+
+    if tile is None:
+        return part(y), outcomes
+    if tile < max(16, multiple):
+        raise ValueError(f"tile: expected at least {max(16, multiple)} pixels, got {tile}")
+    return tiled(part, y, tile + overlap, overlap, progress, multiple), outcomes
+
 
 def tiled(
     run: Callable[[Tensor], Tensor], y: Tensor, tile: int, overlap: int = 32, progress: bool = False, multiple: int = 8

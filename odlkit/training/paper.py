@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from odlkit import data
+from odlkit.images import centre
 from odlkit.models.dgunet import SETTINGS
 from odlkit.training.dgunet import restorer
 from odlkit.training.loop import patches
@@ -64,7 +65,7 @@ def train(out: Path, resume: bool = False, *, task: str, **changes: Any) -> None
     pairs = training_pairs(data.root() / FOLDERS[task] / "train")
     held = pairs[:: -(-len(pairs) // HELD_OUT)]
     seen = [pair for pair in pairs if pair not in held] or held
-    middles = [_middle(read_pair(*pair, size), size) for pair in held]
+    middles = [centre(read_pair(*pair, size), size) for pair in held]
     restorer(
         out, resume, name=f"dgunet-{task}-paper", setting=task, held=[(z[:, :3], z[:, 3:], None) for z in middles],
         sample=lambda generator: (*drawn(seen, batch, size, generator), None),
@@ -72,11 +73,6 @@ def train(out: Path, resume: bool = False, *, task: str, **changes: Any) -> None
         data=f"{FOLDERS[task]}, {len(seen)} pairs; {len(held)} more validate",
         warmup=2500, **plan, **(asdict(SETTINGS[task]) | changes),
     )  # fmt: skip
-
-
-def _middle(image: Tensor, size: int) -> Tensor:
-    top, left = ((side - size) // 2 for side in image.shape[-2:])
-    return image[..., top : top + size, left : left + size]
 
 
 derain, deblur, denoise = (partial(train, task=task) for task in PLANS)

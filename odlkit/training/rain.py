@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from odlkit import data
+from odlkit.images import centre
 from odlkit.training.dgunet import SMALL, restorer
 from odlkit.training.loop import patches
 
@@ -95,8 +96,7 @@ def likeness(scene: Tensor, others: tuple[Tensor, ...]) -> float:
 
     ``(1, C, H, W)`` images; gray, a quarter of the size, 128 x 128 pixels of the scene, in all four orientations.
     """
-    top, left = (side // 2 - 64 for side in scene.shape[-2:])
-    middle = _small(scene[..., top : top + 128, left : left + 128])
+    middle = _small(centre(scene, 128))
     best = -1.0
     turned = torch.cat([middle.rot90(k, (-2, -1)) for k in range(4)])
     turned = turned - turned.mean((2, 3), keepdim=True)
