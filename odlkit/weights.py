@@ -66,6 +66,10 @@ def load(name: str) -> nn.Module:
         from odlkit.models.hodl_deblur import Deconvolution
 
         model = Deconvolution(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "illumination":
+        from odlkit.models.hodl_light import Illumination
+
+        model = Illumination(**{key: value for key, value in network.items() if key != "kind"})
     elif network["kind"] in ("dgunet", "sensing"):
         from odlkit.models.dgunet import DGUNet, Sensing, Setting
 

@@ -28,6 +28,7 @@ RECIPES = {
     "hodl-denoiser": "odlkit.training.hodl:denoiser",
     "hodl-deblur": "odlkit.training.hodl:deblur",
     "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",
+    "hodl-light": "odlkit.training.light:light",
 }
 
 

@@ -1,0 +1,181 @@
+"""HODL's network for low light: first its operations are searched, then the network found is trained, through T.
+
+The dark pictures are made here from clear ones, in linear light: a gain, then the noise of a camera and 8 bits; a third of
+every batch are the six training pairs of LOL.  What is compared is means over blocks, in which noise hardly counts: u cannot
+remove noise.  Data: CBSD68 without its last pictures, LOL's training part; no evaluation pair is seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from torch.nn.utils import parametrize
+
+from odlkit import data
+from odlkit.metrics import psnr
+from odlkit.models.hodl_light import Illumination, coarse, radiance
+from odlkit.networks.lipschitz_cell import OPERATIONS, certified, normalized
+from odlkit.training.camera import display, linear
+from odlkit.training.loop import fit, log_error, save_weights
+
+HELD_OUT, SIDE, BATCH = 8, (320, 480), 2  # the paper's batch
+Pair = tuple[Tensor, Tensor]
+
+
+def lol(part: str) -> list[tuple[str, Tensor, Tensor]]:
+    """``(name, dark, bright)`` of LOL's ``our485_subset`` or ``eval15``, pictures ``(1, 3, H, W)``."""
+    bright = [path for path in data.files("lol") if f"{part}/high" in path.as_posix()]
+    return [(p.stem, data.image(p.parent.parent / "low" / p.name), data.image(p)) for p in bright]
+
+
+def darkened(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures ``(B, 3, H, W)`` as a camera sees them with too little light: ``display(g l + sqrt(a g l + b) n)``, 8 bits.
+
+    In linear light l; the gain g is 0.5 to 15%, which is what the training pairs of LOL have.
+    """
+
+    def draw(low: float, high: float) -> Tensor:
+        return 10 ** (low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator))
+
+    light = draw(-2.3, -0.8) * linear(x)
+    noise = (draw(-4.0, -2.7) * light + draw(-7.5, -5.5)).sqrt() * torch.randn(x.shape, generator=generator)
+    return display(light + noise).mul(255).round().div(255)
+
+
+def landscape(x: Tensor) -> Tensor:
+    """A picture ``(1, 3, H, W)`` lying, the middle ``SIDE`` pixels of it, after resizing where it is larger."""
+    x = x.mT if x.shape[-2] > x.shape[-1] else x
+    if x.shape[-1] > 1.2 * SIDE[1]:
+        x = nnf.interpolate(x, scale_factor=SIDE[0] / x.shape[-2], mode="area")
+    top, left = (x.shape[-2] - SIDE[0]) // 2, (x.shape[-1] - SIDE[1]) // 2
+    return x[..., top : top + SIDE[0], left : left + SIDE[1]]
+
+
+class Pictures:
+    """``sample(generator) -> (dark, bright)``, each ``(BATCH, 3, *SIDE)``; ``clear`` ones are darkened at random."""
+
+    def __init__(self, clear: Sequence[Tensor], pairs: Sequence[Pair], real: float = 0.35):
+        self.clear, self.pairs, self.real = clear, pairs, real
+
+    def __call__(self, generator: torch.Generator) -> Pair:
+        dark, bright = [], []
+        for _ in range(BATCH):
+            draw = torch.rand(4, generator=generator).tolist()
+            if draw[0] < self.real and self.pairs:
+                y, x = self.pairs[int(draw[1] * len(self.pairs))]
+            else:
+                x = self.clear[int(draw[1] * len(self.clear))]
+                y = darkened(x, generator)
+            turn = [dim for dim, d in ((-1, draw[2]), (-2, draw[3] - 0.25)) if d > 0.5]
+            dark.append(y.flip(turn))
+            bright.append(x.flip(turn))
+        return torch.cat(dark), torch.cat(bright)
+
+
+def split(without: str | None = None) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+    """Clear pictures to train on and to validate with, and LOL's training pairs but the one named ``without``."""
+    every = [landscape(x) for x in data.images("cbsd68", gray=False)]
+    pairs = [(landscape(y), landscape(x)) for name, y, x in lol("our485_subset") if name != without]
+    return every[:-HELD_OUT], every[-HELD_OUT:], pairs
+
+
+def unroll(net: Illumination, y: Tensor) -> list[Tensor]:
+    """The pictures that ``u^1 ... u^K`` give, on the coarse grid."""
+    seen = net.given(y)
+    T, u = net.map(seen)
+    out = []
+    for k in range(net.depth):
+        u = T(u, None, k)
+        out.append(seen.colours / u.clamp_min(1 / 255))
+    return out
+
+
+def loss_of(net: Illumination, sample: Pictures, generator: torch.Generator) -> Tensor:
+    """`log_error` on the coarse grid."""
+    y, x = sample(generator)
+    with parametrize.cached():
+        return log_error(unroll(net, y), coarse(x, net.block))
+
+
+def score(net: Illumination, held: Sequence[Pair]) -> float:
+    """Mean PSNR in dB of whole pictures, noise and all."""
+    net.eval()
+    with torch.no_grad():
+        found = []
+        for y, x in held:
+            seen = net.given(y)
+            T, u = net.map(seen)
+            for k in range(net.depth):
+                u = T(u, None, k)
+            found.append(psnr(radiance(y, u, net.block), x).item())
+    net.train()
+    return sum(found) / len(found)
+
+
+def search(out: Path, resume: bool = False, steps: int = 500) -> list[list[str]]:
+    """Choose the operation of each cell: alpha on pictures that the weights do not see, in turn with the weights.
+
+    First order: alpha's gradient takes the weights as they are, so each is a step of Adam on a loss of its own.  On coarser
+    means and with fewer steps of T than in training; what is found is written to ``out / hodl-light-search.json``.
+    """
+    torch.manual_seed(0)
+    clear, held, pairs = split()
+    net = Illumination(width=8, depth=3, block=8)
+    normalized(net)
+    lower, upper = Pictures(clear[::2], pairs[::2]), Pictures(clear[1::2], pairs[1::2])
+    alphas = [mixture.alpha.requires_grad_(False) for mixture in net.net.mixtures]
+    optimiser = torch.optim.Adam(alphas, lr=0.02, betas=(0.5, 0.999))
+
+    def loss(generator: torch.Generator) -> Tensor:
+        for alpha in alphas:
+            alpha.requires_grad_(True)
+        gradients = torch.autograd.grad(loss_of(net, upper, generator), alphas)
+        for alpha, gradient in zip(alphas, gradients, strict=True):
+            alpha.requires_grad_(False).grad = gradient
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss_of(net, lower, generator)
+
+    record = fit(net, loss, steps=steps, lr=4e-3, out=out, name="hodl-light-search", resume=resume)
+    found = {"best": net.net.best(), "shares": net.net.alphas(), "names": list(OPERATIONS)} | record
+    (out / "hodl-light-search.json").write_text(json.dumps(found, indent=1))
+    return net.net.best()
+
+
+def fitted(cells: list[list[str]], without: str | None, **run: Any) -> tuple[Illumination, dict]:
+    """A network of these operations trained through T, without one of LOL's pairs, and the record of `fit`."""
+    torch.manual_seed(0)
+    clear, held, pairs = split(without)
+    net = Illumination(cells=cells)
+    normalized(net)
+    darks = [(darkened(x, torch.Generator().manual_seed(i)), x) for i, x in enumerate(held)]
+    record = fit(net, partial(loss_of, net, Pictures(clear, pairs)), validate=partial(score, net, darks), **run)
+    return net, record
+
+
+def light(out: Path, resume: bool = False, steps: int = 1500) -> None:
+    """Search, train what was found on all six pairs, and write the weights and their card."""
+    cells = search(out, resume)
+    net, record = fitted(cells, None, steps=steps, lr=3e-3, out=out, name="hodl-light", resume=resume)
+    certified(net)
+    stored = copy.deepcopy(net).half().float()
+    found = json.loads((out / "hodl-light-search.json").read_text())
+    card = {
+        "name": "hodl-light",
+        "what": f"HODL's illumination for low light: one map trained through {net.depth} steps, its operations searched",
+        "recipe": "odlkit train hodl-light",
+        "data": f"CBSD68, darkened, without its last {HELD_OUT} images, the validation set; LOL's six training pairs",
+        "network": {"kind": "illumination", **net.config},
+        "schedule": {"depth": net.depth},
+        "search": {key: found[key] for key in ("best", "shares", "names", "steps", "seconds")},
+        "lipschitz_bound": stored.net.bound(),
+    }
+    save_weights(net, out / "hodl-light.safetensors", card | record, torch.float16)
