@@ -70,6 +70,14 @@ def load(name: str) -> nn.Module:
         from odlkit.models.hodl_light import Illumination
 
         model = Illumination(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "streaks":
+        from odlkit.models.hodl_rain import Streaks
+
+        model = Streaks(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "features":
+        from odlkit.training.fewshot import Features
+
+        model = Features(network["width"], network["channels"])
     elif network["kind"] in ("dgunet", "sensing"):
         from odlkit.models.dgunet import DGUNet, Sensing, Setting
 

@@ -26,8 +26,11 @@ RECIPES = {
     "dgunet-deblur-paper": "odlkit.training.paper:deblur",
     "dgunet-denoise-paper": "odlkit.training.paper:denoise",
     "hodl-denoiser": "odlkit.training.hodl:denoiser",
+    "hodl-fewshot": "odlkit.training.fewshot:omniglot_features",
     "hodl-deblur": "odlkit.training.hodl:deblur",
     "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",
+    "hodl-rain": "odlkit.training.hodl_rain:bounded",
+    "hodl-rain-free": "odlkit.training.hodl_rain:free",
     "hodl-light": "odlkit.training.light:light",
 }
 
