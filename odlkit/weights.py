@@ -78,6 +78,10 @@ def load(name: str) -> nn.Module:
         from odlkit.training.fewshot import Features
 
         model = Features(network["width"], network["channels"])
+    elif network["kind"] == "streaks":
+        from odlkit.models.hodl_rain import Streaks
+
+        model = Streaks(**{key: value for key, value in network.items() if key != "kind"})
     elif network["kind"] in ("dgunet", "sensing"):
         from odlkit.models.dgunet import DGUNet, Sensing, Setting
 

@@ -31,6 +31,8 @@ RECIPES = {
     "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",
     "hodl-rain": "odlkit.training.hodl_rain:bounded",
     "hodl-rain-free": "odlkit.training.hodl_rain:free",
+    "hodl-rain": "odlkit.training.hodl_rain:bounded",
+    "hodl-rain-free": "odlkit.training.hodl_rain:free",
     "hodl-light": "odlkit.training.light:light",
 }
 

@@ -1,0 +1,65 @@
+"""Recipes for HODL's rain streaks: everything is trained together through the K steps of T (sHODL).
+
+The upper loss is the logarithm of the squared error of u_b, mostly that of u_b^K.  Data and scenes to validate with as in
+`odlkit.training.rain`: drawn rain, and no scene of Rain100L.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from odlkit.metrics import psnr
+from odlkit.models.hodl_rain import Streaks, certified, lipschitz, normalized
+from odlkit.training.loop import fit, log_error, save_weights
+from odlkit.training.padnet import best_device
+from odlkit.training.rain import COLOUR, HELD_OUT, rainy, scenes
+
+BATCH, SIDE, HEAVY = 8, 64, 0.1
+PRIOR = 40
+
+
+def train(bounded: bool, name: str, about: str, out: Path, resume: bool = False, steps: int = 1500) -> None:
+    """Train `Streaks` on drawn rain, a tenth of it heavy, and write the weights and their card."""
+    torch.manual_seed(0)
+    device = best_device()
+    net = Streaks(prior=PRIOR, bounded=bounded).to(device)
+    if bounded:
+        normalized(net)
+    images, held = scenes()
+    seeds = torch.Generator().manual_seed(1)
+    tests = [rainy([x], 1, 192, seeds, heavy=0.0) for x in held]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x, y = (t.to(device) for t in rainy(images, BATCH, SIDE, generator, HEAVY))
+        with parametrize.cached():
+            return log_error(net(y), x)
+
+    def validate() -> float:
+        net.eval()
+        with torch.no_grad():
+            scores = [psnr(net(y.to(device))[-1].cpu().clamp(0, 1), x).item() for x, y in tests]
+        net.train()
+        return sum(scores) / len(scores)
+
+    record = fit(net, loss, steps=steps, lr=2e-3, out=out, name=name, resume=resume, validate=validate)
+    stored = certified(net.cpu(), margin=1e-3) if bounded else net.cpu()
+    card = {
+        "name": name,
+        "what": f"HODL's split of scene and streaks, {net.depth} steps of one map trained hierarchically; {about}",
+        "recipe": f"odlkit train {name}",
+        "data": f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, {HEAVY:.0%} of it heavy; "
+        f"{HELD_OUT} scenes under light rain are the validation set",
+        "network": {"kind": "streaks", **net.config},
+        "schedule": {"depth": net.depth},
+        "lipschitz_bound": lipschitz(stored),
+    }
+    save_weights(stored, out / f"{name}.safetensors", card | record)
+
+
+bounded = partial(train, True, "hodl-rain", "networks normalized, so that T is non-expansive")
+free = partial(train, False, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants")
