@@ -126,8 +126,8 @@ def test_cameras_and_scenes_of_the_test_pairs_are_not_trained_on():
 )
 def test_the_mixture_has_its_parts_and_leaves_out_what_is_tested():
     mixture = camera.Mixture()
-    x, y, operator = mixture(seeded())
-    assert x.shape == y.shape == (8, 3, camera.SIDE, camera.SIDE) and operator is None
+    x, y = mixture(seeded())
+    assert x.shape == y.shape == (8, 3, camera.SIDE, camera.SIDE)
     assert torch.equal(x[-1, 0], x[-1, 1]) and torch.equal(y[-1, 0], y[-1, 2]) and not torch.equal(x[0, 0], x[0, 1])
     assert not {pair.name for pair in camera.real_pairs("polyu_subset", True)} & set(camera.HELD)
     assert len(mixture.pairs) == 11 and len(mixture.to_validate()) == 6
@@ -157,6 +157,12 @@ def test_items_of_a_batch_do_not_meet(name):
     together = denoise(y, 0.1, name)[0]
     alone = torch.cat([denoise(item, 0.1, name)[0] for item in y.split(1)])
     assert (together - alone).abs().max() < (0.01 if name == "tv" else 1e-4)  # tv stops when the whole batch is near
+    both = torch.cat([x[:1] + 0.05 * white(1, 3, 48, 56), y[1:]])
+    found, report = denoise(both, None, name)
+    parts = [denoise(item, None, name) for item in both.split(1)]
+    assert (found - torch.cat([image for image, _ in parts])).abs().max() < 1e-4  # each at the level of its own
+    levels = [told["settings"]["sigma"] for _, told in parts]
+    assert report["settings"]["sigma"] == (None if name == "dgunet" else levels)
 
 
 @pytest.mark.parametrize("name", ALL)

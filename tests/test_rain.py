@@ -173,7 +173,7 @@ def test_tiles_show_no_seam():
     """The network has means over the picture in it, so tiles differ a little; no more where they are blended."""
     x, y = wet((160, 226), 10.0)
     whole, (tiles, report) = derain(y)[0], derain(y, tile=96)
-    assert report["certificate"]["tiles"] == 2 and report["settings"]["tile"] == 96
+    assert report["certificate"]["runs"] == 2 and report["settings"]["tile"] == 96
     error = (tiles - whole).abs()
     assert psnr(tiles, whole).item() > 38 and abs(psnr(whole, x).item() - psnr(tiles, x).item()) < 0.3
     seam = error[..., 72:160]  # the second square begins at 72 and the first ends at 160

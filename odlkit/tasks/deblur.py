@@ -8,6 +8,8 @@ the data inside stay as they were.  What a certificate says, it says about the p
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +34,14 @@ from odlkit.tasks.report import (
     Model,
     Outcome,
     certified_descent,
-    check_finite,
+    check_image,
     check_model,
+    check_sigma,
     good_size,
     report,
     unit_kernel,
 )
-from odlkit.tasks.tiles import tiled
+from odlkit.tasks.tiles import in_parts
 
 # Settings, chosen on BSD68 with random kernels.  The classical energies are (1/2)||A x - y||^2 + lambda R with
 # lambda = factor * sigma^2, as maximum a posteriori estimation has it: a prior that is fixed, noise of variance sigma^2.
@@ -68,27 +71,25 @@ def deblur(
 
     ``y`` is ``(B, C, H, W)`` in [0, 1], each channel restored by itself with the same kernel; ``kernel`` is ``(h, w)`` with
     its centre at ``(h // 2, w // 2)`` and is scaled to sum 1; ``sigma`` is the standard deviation of the noise in [0, 1),
-    estimated from the picture if it is ``None``.  Without a kernel, which only ``dgunet`` does, the blur is unknown, and
+    estimated from each picture if it is ``None``.  Without a kernel, which only ``dgunet`` does, the blur is unknown, and
     neither ``sigma`` nor ``boundary`` is used (`odlkit.tasks.dgunet.motion`).  ``model`` is one of `MODELS`.
-    ``boundary="unknown"`` is for photographs, ``"circular"`` for periodic data.  ``tile`` restores squares of that size one
-    after the other, with margins of true data that are blended, to bound the memory.  Raises ``ValueError`` for bad
+    ``boundary="unknown"`` is for photographs, ``"circular"`` for periodic data.  ``tile`` restores squares one by one, as
+    `odlkit.tasks.tiles.in_parts` has it, which overlap by a kernel and 32 pixels.  Raises ``ValueError`` for bad
     arguments and `PropagationError` when a run diverges.
     """
     clock = time.monotonic()
     kernel, notes = check(y, kernel, sigma, model, boundary, tile)
     if kernel is None:
         return dgunet.motion(y, steps=steps, tile=tile, progress=progress)
-    level = estimate_noise(y) if sigma is None else float(sigma)
-    if sigma is None:
-        notes.append(f"sigma: not given, estimated as {level:.4f}")
-    used = max(level, FLOOR)
-    channels = y.reshape(-1, 1, *y.shape[-2:])  # every channel is an item of the batch
-    run = MODELS[model].run
-    if tile is None:
-        x, outcomes = _whole(channels, kernel, used, run, boundary, steps, progress)
-    else:
-        x, outcomes = _tiled(channels, kernel, used, run, boundary, steps, progress, tile)
-    x = x.reshape(y.shape)
+
+    def restore(item: Tensor, level: float) -> tuple[Tensor, list[Outcome]]:
+        channels = item.reshape(-1, 1, *y.shape[-2:])  # every channel is an item of the batch
+        run = partial(_on_grid, kernel, max(level, FLOOR), model, boundary, steps, progress and tile is None)
+        x, outcomes = in_parts(run, channels, tile, max(kernel.shape) + 32, progress, multiple=1)
+        return x.reshape(item.shape), outcomes
+
+    x, outcomes, level = at_levels(restore, y, sigma, notes)
+    used = [max(one, FLOOR) for one in level] if isinstance(level, list) else max(level, FLOOR)
     settings = {"sigma": level, "sigma_used": used, "boundary": boundary, "tile": tile}
     about = {"input": {"kernel": list(kernel.shape)}, "settings": settings, "notes": notes}
     told = report("deblur", model, clock, outcomes, y, x, **about)
@@ -104,11 +105,8 @@ def check(
     check_model(model, MODELS)
     if boundary not in ("unknown", "circular"):
         raise ValueError(f"boundary: expected unknown or circular, got {boundary!r}")
-    if y.dim() != 4 or not y.is_floating_point():
-        raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
-    check_finite(y)
-    if sigma is not None and not 0 <= float(sigma) < 1:
-        raise ValueError(f"sigma: expected a number in [0, 1), the noise level for values in [0, 1], got {sigma}")
+    check_image(y)
+    check_sigma(sigma)
     if tile is not None and (tile < 16 or boundary == "circular"):
         raise ValueError(f"tile: expected at least 16 pixels and boundary unknown, got {tile} and {boundary}")
     if kernel is None:
@@ -122,20 +120,36 @@ def check(
 
 
 def estimate_noise(y: Tensor) -> float:
-    """The noise level from the finest wavelet details (median absolute deviation), the mean over items and channels.
+    """The noise level of one image ``(1, C, H, W)``: the median absolute deviation of its finest wavelet details.
 
-    A plane without details, such as a black one, counts as free of noise.
+    The mean over channels; one without details, such as a black one, counts as free of noise.  Raises ``ValueError`` for a
+    batch, whose images have levels of their own.
     """
     import warnings
 
     import numpy as np
     from skimage.restoration import estimate_sigma
 
-    planes = y.detach().cpu().reshape(-1, *y.shape[-2:]).numpy()
+    if len(y) != 1:
+        raise ValueError(f"input: expected one image (1, C, H, W), got {tuple(y.shape)}")
+    planes = y[0].detach().cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the median of no details is NaN
         levels = estimate_sigma(planes, channel_axis=0)
     return float(np.nan_to_num(levels).mean())
+
+
+def at_levels(
+    run: Callable[[Tensor, float], tuple[Tensor, list[Outcome]]], y: Tensor, sigma: float | None, notes: list[str]
+) -> tuple[Tensor, list[Outcome], float | list[float]]:
+    """``run(y, sigma)`` and sigma; where none is given, each image with its own estimate, and a note of that."""
+    if sigma is not None:
+        return *run(y, float(sigma)), float(sigma)
+    levels = [estimate_noise(item) for item in y.split(1)]
+    notes.append("sigma: not given, estimated as " + ", ".join(f"{level:.4f}" for level in levels))
+    parts = [run(item, level) for item, level in zip(y.split(1), levels, strict=True)]
+    outcomes = [outcome for _, found in parts for outcome in found]
+    return torch.cat([x for x, _ in parts]), outcomes, levels[0] if len(levels) == 1 else levels
 
 
 # The boundary.
@@ -164,25 +178,14 @@ def extend(y: Tensor, kernel: Tensor, fill: float = FILL) -> tuple[Tensor, tuple
     return torch.where(mask > 0, start, blur.A(u)), window
 
 
-def _whole(y, kernel, sigma, run, boundary, steps, progress) -> tuple[Tensor, list[Outcome]]:
-    if boundary == "circular":
-        outcome = run(y, Blur(kernel), sigma, steps, progress)
-        return outcome.x, [outcome]
-    z, window = extend(y, kernel)
-    outcome = run(z, Blur(kernel), sigma, steps, progress)
-    return outcome.x[(..., *window)], [outcome]
-
-
-def _tiled(y, kernel, sigma, run, boundary, steps, progress, tile) -> tuple[Tensor, list[Outcome]]:
-    """Squares that overlap by a kernel and 32 pixels; ``tile`` is how far each may be from the next."""
-    margin, outcomes = max(kernel.shape) + 32, []
-
-    def part(z: Tensor) -> Tensor:
-        x, parts = _whole(z, kernel, sigma, run, boundary, steps, False)
-        outcomes.extend(parts)
-        return x
-
-    return tiled(part, y, tile + margin, margin, progress, multiple=1), outcomes
+def _on_grid(
+    kernel: Tensor, sigma: float, model: str, boundary: str, steps: int | None, progress: bool, y: Tensor
+) -> Outcome:
+    """The model on ``y`` ``(B, 1, H, W)``, which is periodic or has first to be put on a periodic grid."""
+    z, window = extend(y, kernel) if boundary == "unknown" else (y, (slice(None), slice(None)))
+    outcome = MODELS[model].run(z, Blur(kernel), sigma, steps, progress)
+    outcome.x = outcome.x[(..., *window)]
+    return outcome
 
 
 # The models: each runs on a periodic grid.

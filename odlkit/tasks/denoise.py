@@ -19,7 +19,7 @@ from odlkit.priors import TV
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import propagate
 from odlkit.solvers import ProximalGradient
-from odlkit.tasks.deblur import estimate_noise
+from odlkit.tasks.deblur import at_levels
 from odlkit.tasks.dgunet import blind
 from odlkit.tasks.report import Model, Outcome, check_image, check_model, check_sigma, recorded, report
 from odlkit.tasks.tiles import in_parts
@@ -36,20 +36,25 @@ def denoise(
     """Remove noise from ``y`` ``(B, C, H, W)`` in [0, 1], C = 1 or 3: an image of its shape, and a report of the run.
 
     ``model`` is one of `MODELS`; ``sigma`` in [0, 1) is the standard deviation for those that ask for it, estimated from
-    the picture if it is ``None``.  ``tile`` restores squares one by one, as `odlkit.tasks.tiles.in_parts` has it.  Raises
+    each picture if it is ``None``.  ``tile`` restores squares one by one, as `odlkit.tasks.tiles.in_parts` has it.  Raises
     ``ValueError`` for bad arguments.
     """
     clock = time.monotonic()
     check_model(model, MODELS)
     check_image(y, (1, 3))
     check_sigma(sigma)
-    notes, level = [], None if sigma is None else float(sigma)
-    if model == "dgunet" and sigma is not None:
-        notes.append("sigma: not used, this network takes noise as it comes")
-    elif model != "dgunet" and level is None:
-        level = estimate_noise(y)
-        notes.append(f"sigma: not given, estimated as {level:.4f}; too low where neighbours have the same noise")
-    x, outcomes = in_parts(lambda z: MODELS[model].run(z, level), y, tile, progress=progress)
+    notes: list[str] = []
+    level: Any  # one for all, or one for each image
+
+    def restore(item: Tensor, level: Any) -> tuple[Tensor, list[Outcome]]:
+        return in_parts(lambda z: MODELS[model].run(z, level), item, tile, progress=progress)
+
+    if model == "dgunet":
+        level, (x, outcomes) = sigma, restore(y, None)
+        notes += [] if sigma is None else ["sigma: not used, this network takes noise as it comes"]
+    else:
+        x, outcomes, level = at_levels(restore, y, sigma, notes)
+        notes = [f"{note}; too low where neighbours have the same noise" for note in notes]
     return x, report("denoise", model, clock, outcomes, y, x, settings={"sigma": level, "tile": tile}, notes=notes)
 
 

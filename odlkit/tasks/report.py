@@ -70,7 +70,7 @@ def good_size(n: int, block: int = 8) -> int:
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Status, iterations, energies, certificate and decisions; of several tiles the sums, and the weakest guarantee."""
+    """Status, iterations, energies, certificate and decisions; of several runs the sums, and the weakest guarantee."""
     worst = max(outcomes, key=lambda o: (o.certificate["holds"] is not True, o.result.residual))
     traces = [o.result.trace for o in outcomes]
     decided = torch.cat([t["accepted"].flatten() for t in traces if "accepted" in t] or [torch.empty(0)])
@@ -80,8 +80,8 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "status": worst.result.status.value,
         "relative_change": worst.result.residual,
         "iterations": max(o.result.iterations for o in outcomes),
-        "energies": energies,  # of all channels together; none for a model without an energy, nor for tiles
-        "certificate": dict(worst.certificate) | ({"tiles": len(outcomes)} if len(outcomes) > 1 else {}),
+        "energies": energies,  # of all channels together; none for a model without an energy, nor for several runs
+        "certificate": dict(worst.certificate) | ({"runs": len(outcomes)} if len(outcomes) > 1 else {}),
         "accepted": int(decided.sum()) if len(decided) else None,
         "rejected": int((1 - decided).sum()) if len(decided) else None,
     }

@@ -10,7 +10,6 @@ Every camera of the test pairs, Nikon D800 and D600 and Canon 5D Mark III, is ab
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,10 +149,10 @@ def tinted(gray: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Mixture:
-    """``mixture(generator) -> (x, y, None)``: patches of real pairs, of camera noise and of Gaussian noise, some gray."""
+    """``mixture(generator) -> (x, y)``: patches of real pairs, of camera noise and of Gaussian noise, some gray."""
 
-    def __init__(self, counts: Sequence[int] = (3, 2, 2, 1)):
-        self.counts = counts
+    def __init__(self) -> None:
+        self.counts = (3, 2, 2, 1)  # of a batch, in this order
         self.gray, self.held = pictures()
         pairs = real_pairs("polyu_subset", test=False)
         self.pairs = [torch.cat([p.clean, p.noisy], 1) for p in pairs if p.name not in HELD]
@@ -167,7 +166,7 @@ class Mixture:
         own = torch.rand(count, 1, 1, 1, generator=generator) < 0.6
         return torch.where(own, photographs, tinted(first, second, generator))
 
-    def __call__(self, generator: torch.Generator) -> tuple[Tensor, Tensor, None]:
+    def __call__(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         real, camera, colour, gray = self.counts
         clean, noisy = patches(self.pairs, real, SIDE, generator).split(3, dim=1)
         x = self.clean(camera + colour, generator)
@@ -177,14 +176,14 @@ class Mixture:
         flat = torch.randn(gray, 1, SIDE, SIDE, generator=generator)
         y = [noisy, camera_noise(x[:camera], generator), x[camera:] + level[:colour] * white]
         y.append((plain + level[colour:] * flat).expand(-1, 3, -1, -1))
-        return torch.cat([clean, x, plain.expand(-1, 3, -1, -1)]), torch.cat(y), None
+        return torch.cat([clean, x, plain.expand(-1, 3, -1, -1)]), torch.cat(y)
 
-    def to_validate(self) -> list[tuple[Tensor, Tensor, None]]:
+    def to_validate(self) -> list[tuple[Tensor, Tensor]]:
         """The held real pairs, and gray pictures with Gaussian noise of 25/255."""
-        real = [(p.clean[..., 128:384, 128:384], p.noisy[..., 128:384, 128:384], None) for p in self.validation]
+        real = [(p.clean[..., 128:384, 128:384], p.noisy[..., 128:384, 128:384]) for p in self.validation]
         x = [image.expand(-1, 3, -1, -1)[..., :160, :160] for image in self.held[:4]]
         noise = [torch.randn(1, 1, 160, 160, generator=torch.Generator().manual_seed(i)) for i in range(len(x))]
-        return real + [(clean, clean + 25 / 255 * n, None) for clean, n in zip(x, noise, strict=True)]
+        return real + [(clean, clean + 25 / 255 * n) for clean, n in zip(x, noise, strict=True)]
 
 
 def denoise(out: Path, resume: bool = False) -> None:
@@ -192,8 +191,8 @@ def denoise(out: Path, resume: bool = False) -> None:
 
     After 2600 steps the rate rises again, and most of a batch is real pairs: their noise is the one that is hard to draw.
     """
-    for counts, steps in (((3, 2, 2, 1), 2600), ((5, 1, 1, 1), 4000)):
-        mixture = Mixture(counts)
+    mixture = Mixture()
+    for mixture.counts, steps in (((3, 2, 2, 1), 2600), ((5, 1, 1, 1), 4000)):
         restorer(
             out,
             resume or steps > 2600,

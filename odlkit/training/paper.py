@@ -67,8 +67,8 @@ def train(out: Path, resume: bool = False, *, task: str, **changes: Any) -> None
     seen = [pair for pair in pairs if pair not in held] or held
     middles = [centre(read_pair(*pair, size), size) for pair in held]
     restorer(
-        out, resume, name=f"dgunet-{task}-paper", setting=task, held=[(z[:, :3], z[:, 3:], None) for z in middles],
-        sample=lambda generator: (*drawn(seen, batch, size, generator), None),
+        out, resume, name=f"dgunet-{task}-paper", setting=task, held=[(z[:, :3], z[:, 3:]) for z in middles],
+        sample=lambda generator: drawn(seen, batch, size, generator),
         what=f"DGUNet for {FOLDERS[task]}, the released setting",
         data=f"{FOLDERS[task]}, {len(seen)} pairs; {len(held)} more validate",
         warmup=2500, **plan, **(asdict(SETTINGS[task]) | changes),
