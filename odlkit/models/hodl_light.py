@@ -99,7 +99,8 @@ class Illumination(nn.Module):
     def context(self, seen: Seen) -> Tensor:
         """What the cells are given of the picture: colours and light relative to the mean, and four numbers of the whole."""
         bright = (seen.floor / seen.scale).log()
-        whole = [seen.scale.log() + 3, bright.mean((2, 3), keepdim=True), bright.std((2, 3), keepdim=True)]
+        whole = [seen.scale.log() + 3, bright.mean((2, 3), keepdim=True)]
+        whole.append((bright.var((2, 3), correction=0, keepdim=True) + 1e-8).sqrt())
         whole.append((seen.colours.mean((2, 3), keepdim=True) / seen.scale).amin(1, keepdim=True))
         parts = [seen.colours / seen.scale, bright, seen.phi / seen.scale, *(w.expand_as(bright) for w in whole)]
         return self.look(torch.cat(parts, 1))

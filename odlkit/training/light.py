@@ -60,24 +60,27 @@ def landscape(x: Tensor) -> Tensor:
 
 
 class Pictures:
-    """``sample(generator) -> (dark, bright)``, each ``(BATCH, 3, *SIDE)``; ``clear`` ones are darkened at random."""
+    """``sample(generator) -> (dark, bright)``, each ``(BATCH, 3, h, w)``: windows of all sizes from 5/8 of `SIDE` on.
+
+    ``clear`` pictures are darkened at random; of ``pairs``, a share ``real`` of all, the dark one gets another gain.
+    """
 
     def __init__(self, clear: Sequence[Tensor], pairs: Sequence[Pair], real: float = 0.35):
         self.clear, self.pairs, self.real = clear, pairs, real
 
     def __call__(self, generator: torch.Generator) -> Pair:
-        dark, bright = [], []
+        sides = [8 * int(side / 8 * (0.625 + 0.375 * torch.rand((), generator=generator).item())) for side in SIDE]
+        out = []
         for _ in range(BATCH):
-            draw = torch.rand(4, generator=generator).tolist()
-            if draw[0] < self.real and self.pairs:
-                y, x = self.pairs[int(draw[1] * len(self.pairs))]
-            else:
-                x = self.clear[int(draw[1] * len(self.clear))]
-                y = darkened(x, generator)
-            turn = [dim for dim, d in ((-1, draw[2]), (-2, draw[3] - 0.25)) if d > 0.5]
-            dark.append(y.flip(turn))
-            bright.append(x.flip(turn))
-        return torch.cat(dark), torch.cat(bright)
+            real, which, gain, *places = torch.rand(7, generator=generator).tolist()
+            real = real < self.real
+            y, x = self.pairs[int(which * len(self.pairs))] if real else 2 * (self.clear[int(which * len(self.clear))],)
+            (h, w), (top, left) = sides, (int(p * (n - s + 1)) for p, n, s in zip(places, SIDE, sides, strict=False))
+            y, x = y[..., top : top + h, left : left + w], x[..., top : top + h, left : left + w]
+            y = display(linear(y) * 10 ** (0.6 * gain - 0.3)) if real else darkened(x, generator)
+            turn = [dim for dim, t in ((-1, places[2] > 0.5), (-2, places[3] > 0.75)) if t]
+            out.append((y.flip(turn), x.flip(turn)))
+        return torch.cat([y for y, _ in out]), torch.cat([x for _, x in out])
 
 
 def split(without: str | None = None) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
