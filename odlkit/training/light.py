@@ -27,6 +27,7 @@ from odlkit.training.camera import display, linear
 from odlkit.training.loop import fit, log_error, save_weights
 
 HELD_OUT, SIDE, BATCH = 8, (320, 480), 2  # the paper's batch
+ALPHA_RATE = 0.01
 Pair = tuple[Tensor, Tensor]
 
 
@@ -123,19 +124,20 @@ def score(net: Illumination, held: Sequence[Pair]) -> float:
     return sum(found) / len(found)
 
 
-def search(out: Path, resume: bool = False, steps: int = 500) -> list[list[str]]:
+def search(out: Path, resume: bool = False, steps: tuple[int, int] = (200, 600)) -> list[list[str]]:
     """Choose the operation of each cell: alpha on pictures that the weights do not see, in turn with the weights.
 
-    First order: alpha's gradient takes the weights as they are, so each is a step of Adam on a loss of its own.  On coarser
-    means and with fewer steps of T than in training; what is found is written to ``out / hodl-light-search.json``.
+    First order: alpha's gradient takes the weights as they are, so each is a step of Adam on a loss of its own.  The weights
+    go first, since a skip needs none and would win before the others have learned.  On coarser means and with fewer steps
+    of T than in training; what is found is written to ``out / hodl-light-search.json``.
     """
     torch.manual_seed(0)
     clear, held, pairs = split()
     net = Illumination(width=8, depth=3, block=8)
     normalized(net)
-    lower, upper = Pictures(clear[::2], pairs[::2]), Pictures(clear[1::2], pairs[1::2])
+    lower, upper = Pictures(clear[::2], pairs[::2], 0.2), Pictures(clear[1::2], pairs[1::2], 0.2)
     alphas = [mixture.alpha.requires_grad_(False) for mixture in net.net.mixtures]
-    optimiser = torch.optim.Adam(alphas, lr=0.02, betas=(0.5, 0.999))
+    optimiser = torch.optim.Adam(alphas, lr=ALPHA_RATE, betas=(0.5, 0.999))
 
     def loss(generator: torch.Generator) -> Tensor:
         for alpha in alphas:
@@ -147,7 +149,10 @@ def search(out: Path, resume: bool = False, steps: int = 500) -> list[list[str]]
         optimiser.zero_grad()
         return loss_of(net, lower, generator)
 
-    record = fit(net, loss, steps=steps, lr=4e-3, out=out, name="hodl-light-search", resume=resume)
+    fit(
+        net, partial(loss_of, net, lower), steps=steps[0], lr=4e-3, out=out, name="hodl-light-warm", final=1.0, resume=resume
+    )
+    record = fit(net, loss, steps=steps[1], lr=4e-3, out=out, name="hodl-light-search", resume=resume)
     found = {"best": net.net.best(), "shares": net.net.alphas(), "names": list(OPERATIONS)} | record
     (out / "hodl-light-search.json").write_text(json.dumps(found, indent=1))
     return net.net.best()
