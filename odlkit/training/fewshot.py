@@ -60,7 +60,7 @@ class Features(nn.Sequential):
 
 
 def omniglot(part: str) -> Tensor:
-    """``(classes, 20, 1, 28, 28)`` float32, ink 1, of Lake's ``"background"`` or ``"evaluation"``.  Raises `DataNotFound`."""
+    """``(classes, 20, 1, 28, 28)``, ink 1, of the set ``"background"`` or ``"evaluation"``; or `DataNotFound`."""
     import numpy as np
 
     path = next(path for path in data.files("omniglot") if part in path.name)
@@ -150,7 +150,7 @@ def curvature(f: Tensor) -> Tensor:
 
 
 def heads(seen: Tensor, f: Callable[[Any], Tensor] = lambda w: w["support"]) -> descent:
-    """``T(u, w) = u - (1/L) d loss/du`` for all tasks at once, u ``(T, D, N)``: their losses are summed, so none sees another.
+    """``T(u, w) = u - (1/L) d loss/du`` of all tasks at once, u ``(T, D, N)``: the losses are summed, so none sees another.
 
     The tasks run in parallel by `torch.func.vmap`, which is valid since a task's loss takes no random number and writes
     nothing.
@@ -165,6 +165,8 @@ def query_loss(asked: Tensor) -> Callable[[Tensor, Any], Tensor]:
 
 
 class Method(NamedTuple):
+    """How the lower level is differentiated, and which map it iterates."""
+
     way: Unrolled | Truncated | Implicit | None  # None: first order, no derivative through the lower level
     change: Callable[[Map, Callable], Map] = lambda T, upper: T  # the lower map of the method, from descent and upper loss
     what: str = ""
