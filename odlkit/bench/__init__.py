@@ -30,7 +30,10 @@ PLACES = {
     "hodl-lambda": "odlkit.bench.hodl_lambda:run",
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
+    "fewshot-omniglot": "odlkit.bench.fewshot:omniglot",
+    "fewshot-methods": "odlkit.bench.fewshot:methods",
     "hodl-deblur": "odlkit.bench.hodl_deblur:run",
+    "gan-ring": "odlkit.bench.gan:run",
     "dgunet-known": "odlkit.bench.dgunet_deblur:known",
     "dgunet-deblur": "odlkit.bench.dgunet_deblur:motion",
 }
