@@ -41,7 +41,8 @@ def row(name: str, method: str, setting: dict[str, Any], progress: bool) -> tupl
 
 def run(progress: bool = False) -> dict[str, Any]:
     """Every method under each setting, all seeds."""
-    clock, rows, kept = time.monotonic(), [], {}
+    clock, rows = time.monotonic(), []
+    kept: dict[str, list] = {}
     for name, setting in SETTINGS.items():
         for method in setting["methods"]:
             one, points = row(name, method, setting, progress)
@@ -53,8 +54,8 @@ def run(progress: bool = False) -> dict[str, Any]:
         "discriminator's optimiser for one of the generator; HODL looks through five more, plain gradient ones",
         "rows": rows,
         "why_they_differ": "the paper prints modes of one run each, with SGD and a number of steps that it does not give; "
-        "here the networks are smooth, the optimiser is Adam, and the last rows repeat SGD with the paper's step and batch. Its "
-        "LCGAN is not identified in the text; an R1 penalty stands in its place",
+        "here the networks are smooth, the optimiser is Adam, and the last rows repeat SGD with the paper's step and batch. "
+        "Its LCGAN is not identified in the text; an R1 penalty stands in its place",
         "points": kept,
         "seconds": round(time.monotonic() - clock),
     } | provenance("gan-ring", (), SEEDS)
