@@ -202,6 +202,7 @@ class Streaks(nn.Module):
     at once, with convolutions A, B and P of `Prior`.  Each is non-expansive in u when its convolutions are, but both see
     u_r: together they may have the constant sqrt(2), hence ``c = 1 / sqrt(2)``.  With ``bounded=False`` the convolutions
     are free and c = 1: no theorem.  ``P_1, P_2`` are free in any case.
+    With ``width=0`` D_net is the identity: the numbers of D_num are all that is learned (UNH).
     kappa, beta and gamma are learned as logarithms.  What is restored is u_b after ``depth`` steps.
     Eq: HODL (3).  Source: HODL section 6.2, a two-layer network for u_b, a three-layer one for u_r.
     """
@@ -212,10 +213,10 @@ class Streaks(nn.Module):
         self.start = START | (start or {})
         self.config: dict[str, Any] = {"width": width, "prior": prior, "depth": depth, "bounded": bounded, "alpha": alpha,
                                        "start": self.start}  # fmt: skip
-        self.depth, self.alpha, self.share = depth, alpha, 0.5**0.5 if bounded else 1.0
-        self.prior = Prior(prior, 2 * width)
+        self.depth, self.alpha, self.bounded, self.share = depth, alpha, bounded, 0.5**0.5 if bounded else 1.0
         sizes = [(1, width), (width, 3)], [(4, width), (width, width), (width, 1)]
-        self.scene, self.rain = (nn.ModuleList(conv(*pair, bias=False) for pair in pairs) for pairs in sizes)
+        self.prior = Prior(prior, 2 * width) if width else nn.Identity()
+        self.scene, self.rain = (nn.ModuleList(conv(*pair, bias=False) for pair in pairs if width) for pairs in sizes)
         self.logs = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in START})
 
     def number(self, name: str) -> Tensor:
@@ -243,7 +244,8 @@ class Streaks(nn.Module):
     def map(self, b: Tensor) -> tuple[Map, Split]:
         """T, and the problem, which has the start and takes the state apart."""
         split = self.split(b)
-        return averaged(compose(split.step, self.network(split)), self.alpha), split
+        D = compose(split.step, self.network(split)) if self.scene else split.step
+        return averaged(D, self.alpha), split
 
     def forward(self, y: Tensor, steps: int | None = None) -> list[Tensor]:
         """``u_b^1 ... u_b^K`` for pictures ``(B, 3, H, W)`` in [0, 1] of any size."""
@@ -273,14 +275,17 @@ def iterated(net: Streaks) -> list[tuple[nn.Conv2d, int]]:
 
 
 def normalized(net: Streaks) -> Streaks:
-    """Keep `iterated` at norm 1 in training; changes and returns ``net``.  `certified` has the last word."""
-    for layer, channels in iterated(net):
+    """Keep `iterated` at norm 1 in training where ``bounded`` asks for it; `certified` has the last word.
+
+    Changes and returns ``net``.
+    """
+    for layer, channels in iterated(net) if net.bounded else ():
         parametrize.register_parametrization(layer, "weight", OperatorNorm(layer.weight, channels, 1.0))
     return net
 
 
 def certified(net: Streaks, margin: float = 0.0) -> Streaks:
-    """A copy with plain weights, every norm of `iterated` at most ``1 - margin``, so ``lipschitz(copy) <= 1``.
+    """A copy with plain weights, where ``bounded`` asks for it every norm at most ``1 - margin``: ``lipschitz(copy) <= 1``.
 
     The margin is for rounding that comes later, to half precision in a file, say.
     """
@@ -291,7 +296,8 @@ def certified(net: Streaks, margin: float = 0.0) -> Streaks:
             getattr(plain, name).load_state_dict(getattr(net, name).state_dict())
         for old, (new, _) in zip(layers, iterated(plain), strict=True):
             slack = 1 - margin - 32 * torch.finfo(new.weight.dtype).eps
-            new.weight.copy_(old.weight * min(1.0, slack / conv_norm_bound(old.weight)))
+            factor = min(1.0, slack / conv_norm_bound(old.weight)) if net.bounded else 1.0
+            new.weight.copy_(old.weight * factor)
     return plain
 
 
@@ -301,7 +307,7 @@ def lipschitz(net: Streaks) -> float:
     With constants L_b of the first network and L_r of the second, ``max(1, sqrt(L_b^2 + L_r^2))``: both see u_r, and what
     passes unchanged has 1.  Source: HODL section 6.2, Assumption 3.2.
     """
-    norms = [net.share] * 2
+    norms = [net.share if net.scene else 0.0] * 2
     for i, part in enumerate((net.scene, net.rain)):
         for layer in part:
             norms[i] *= conv_norm_bound(layer.weight)

@@ -31,8 +31,7 @@ RECIPES = {
     "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",
     "hodl-rain": "odlkit.training.hodl_rain:bounded",
     "hodl-rain-free": "odlkit.training.hodl_rain:free",
-    "hodl-rain": "odlkit.training.hodl_rain:bounded",
-    "hodl-rain-free": "odlkit.training.hodl_rain:free",
+    "hodl-rain-numbers": "odlkit.training.hodl_rain:numbers",
     "hodl-light": "odlkit.training.light:light",
 }
 

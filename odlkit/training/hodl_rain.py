@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ BATCH, SIDE, HEAVY = 8, 64, 0.1
 PRIOR = 40
 
 
-def train(bounded: bool, name: str, about: str, out: Path, resume: bool = False, steps: int = 1500) -> None:
-    """Train `Streaks` on drawn rain, a tenth of it heavy, and write the weights and their card."""
+def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1500, **changes: Any) -> None:
+    """Train `Streaks` on drawn rain, a tenth of it heavy, and write the weights and their card.
+
+    ``changes`` go to `Streaks`.
+    """
     torch.manual_seed(0)
     device = best_device()
-    net = Streaks(prior=PRIOR, bounded=bounded).to(device)
-    if bounded:
-        normalized(net)
+    net = normalized(Streaks(**{"prior": PRIOR} | changes)).to(device)
     images, held = scenes()
     seeds = torch.Generator().manual_seed(1)
     tests = [rainy([x], 1, 192, seeds, heavy=0.0) for x in held]
@@ -47,7 +49,7 @@ def train(bounded: bool, name: str, about: str, out: Path, resume: bool = False,
         return sum(scores) / len(scores)
 
     record = fit(net, loss, steps=steps, lr=2e-3, out=out, name=name, resume=resume, validate=validate)
-    stored = certified(net.cpu(), margin=1e-3) if bounded else net.cpu()
+    stored = certified(net.cpu(), margin=1e-3)
     card = {
         "name": name,
         "what": f"HODL's split of scene and streaks, {net.depth} steps of one map trained hierarchically; {about}",
@@ -61,5 +63,6 @@ def train(bounded: bool, name: str, about: str, out: Path, resume: bool = False,
     save_weights(stored, out / f"{name}.safetensors", card | record)
 
 
-bounded = partial(train, True, "hodl-rain", "networks normalized, so that T is non-expansive")
-free = partial(train, False, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants")
+bounded = partial(train, "hodl-rain", "networks normalized, so that T is non-expansive")
+free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", bounded=False)
+numbers = partial(train, "hodl-rain-numbers", "no network, the numbers of the solver alone (UNH)", steps=200, width=0)
