@@ -138,3 +138,33 @@ def test_equal_candidates_take_the_smallest_shift():
 def test_bad_input_names_the_argument(call, argument):
     with pytest.raises(ValueError, match=argument):
         call(pair()[0])
+
+
+def test_gmsd_equals_a_direct_computation_and_has_its_known_properties(device):
+    """Against scipy; zero for equal pictures, symmetric, worse for more noise, and the standard deviation sees a lost edge."""
+    from scipy.ndimage import correlate
+
+    x, truth = pair(device, (2, 3, 40, 36))
+    kernel = torch.tensor([[1.0, 0, -1]] * 3).double().numpy() / 3
+
+    def magnitude(picture):
+        luma = 255 * (picture * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1).to(picture)).sum(0).double().cpu().numpy()
+        small = sum(luma[i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+        parts = [correlate(small, k, mode="constant") for k in (kernel, kernel.T)]
+        return (parts[0] ** 2 + parts[1] ** 2) ** 0.5
+
+    score = metrics.gmsd(x, truth)
+    assert score.shape == (2,) and score.dtype == torch.float64 and score.device == x.device
+    for i in range(2):
+        a, b = magnitude(x[i].double()), magnitude(truth[i].double())
+        assert score[i].item() == pytest.approx(((2 * a * b + 170) / (a**2 + b**2 + 170)).std(), abs=1e-6)
+    assert metrics.gmsd(truth, truth).max() == 0
+    assert torch.allclose(metrics.gmsd(x, truth), metrics.gmsd(truth, x))
+    noise = x - truth
+    levels = [metrics.gmsd(truth + s * noise, truth).mean().item() for s in (0.3, 1, 3)]
+    assert levels == sorted(levels) and levels[0] > 0.001
+    black = torch.zeros(1, 1, 20, 20)
+    framed = torch.nn.functional.pad(black + 0.5, [10] * 4)
+    assert metrics.gmsd(framed, framed + 0.0).item() == 0 < metrics.gmsd(0 * framed, framed).item()
+    with pytest.raises(ValueError, match="expected 1 or 3 channels and sides of 6 pixels or more"):
+        metrics.gmsd(x[:, :2], truth[:, :2])

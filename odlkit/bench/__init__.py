@@ -10,6 +10,7 @@ PLACES = {
     "padnet-table-2": "odlkit.bench.padnet_deblur:table_2",
     "padnet-set3c": "odlkit.bench.padnet_deblur:set3c",
     "padnet-haze": "odlkit.bench.haze:run",
+    "lowlight": "odlkit.bench.lowlight:run",
     "rpodm-set3c": "odlkit.bench.podm_deblur:set3c",
     "rpodm-table-2": "odlkit.bench.podm_deblur:table_2",
     "rpodm-real": "odlkit.bench.podm_deblur:real",

@@ -68,6 +68,10 @@ TASKS = {
         "remove haze from a photograph",
         "odlkit.tasks.dehaze:dehaze",
     ),
+    "lowlight": Task(
+        "brighten a photograph that had too little light",
+        "odlkit.tasks.lowlight:enhance",
+    ),
     "denoise": Task(
         "remove the noise of a camera, or Gaussian noise",
         "odlkit.tasks.denoise:denoise",
