@@ -24,6 +24,12 @@ BATCH, SIDE, HEAVY = 8, 64, 0.1
 PRIOR = 40
 
 
+def held_out() -> list[tuple[Tensor, Tensor]]:
+    """Scenes that no training sees, clean and under light drawn rain, ``(1, 3, 192, 192)`` each."""
+    seeds = torch.Generator().manual_seed(1)
+    return [rainy([x], 1, 192, seeds, heavy=0.0) for x in scenes()[1]]
+
+
 def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1500, **changes: Any) -> None:
     """Train `Streaks` on drawn rain, a tenth of it heavy, and write the weights and their card.
 
@@ -32,9 +38,7 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
     torch.manual_seed(0)
     device = best_device()
     net = normalized(Streaks(**{"prior": PRIOR} | changes)).to(device)
-    images, held = scenes()
-    seeds = torch.Generator().manual_seed(1)
-    tests = [rainy([x], 1, 192, seeds, heavy=0.0) for x in held]
+    images, tests = scenes()[0], held_out()
 
     def loss(generator: torch.Generator) -> Tensor:
         x, y = (t.to(device) for t in rainy(images, BATCH, SIDE, generator, HEAVY))
