@@ -8,6 +8,7 @@ gradients, to a tolerance, and raises when it misses it.  Concrete operators are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,26 +35,39 @@ def conjugate_gradient(matvec, rhs: Tensor, *, x0: Tensor | None = None, rtol: f
     ``max_iter`` steps do not get there.  Shapes: ``(B, ...)`` in and out.
     """
     rtol = rtol if rtol is not None else (1e-10 if rhs.dtype == torch.float64 else 1e-5)
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.dim() - 1))
-
-    x = torch.zeros_like(rhs) if x0 is None else x0.clone()
-    r = rhs - matvec(x) if x0 is not None else rhs.clone()
-    p, rr, target = r.clone(), dot(r, r), rtol**2 * dot(rhs, rhs)
-    for _ in range(max_iter):
-        if bool((rr <= target).all()):
-            return x
-        q = matvec(p)
-        step = rr / dot(p, q).clamp_min(torch.finfo(rhs.dtype).tiny)
-        step = torch.where(rr <= target, torch.zeros_like(step), step)  # finished items stand still
-        x, r = x + step * p, r - step * q
-        rr, old = dot(r, r), rr
-        p = r + rr / old.clamp_min(torch.finfo(rhs.dtype).tiny) * p
+    target = rtol**2 * _dot(rhs, rhs)
+    start = torch.zeros_like(rhs) if x0 is None else x0
+    x, rr, _ = conjugate_directions(matvec, start, rhs if x0 is None else rhs - matvec(x0), target, max_iter)
     if bool((rr <= target).all()):
         return x
-    worst = (rr / dot(rhs, rhs).clamp_min(torch.finfo(rhs.dtype).tiny)).max().sqrt().item()
+    worst = (rr / _dot(rhs, rhs).clamp_min(torch.finfo(rhs.dtype).tiny)).max().sqrt().item()
     raise NotConverged(f"conjugate gradients: relative residual {worst:.1e} after {max_iter} steps, wanted {rtol:.0e}")
+
+
+def conjugate_directions(
+    matvec, x: Tensor, r: Tensor, target: Tensor | float, max_iter: int, stop: Callable[[Tensor, Tensor], bool] | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Conjugate gradients from ``x`` with residual ``r`` until no ``||r||^2 > target``: x, ``||r||^2``, products taken.
+
+    ``stop(<p, M p>, <p, p>)`` may end it before a step along p.
+    """
+    p, rr, tiny = r, _dot(r, r), torch.finfo(r.dtype).tiny
+    for taken in range(max_iter):
+        if not bool((rr > target).any()):
+            return x, rr, taken
+        q = matvec(p)
+        curvature = _dot(p, q)
+        if stop is not None and stop(curvature, _dot(p, p)):
+            return x, rr, taken + 1
+        step = torch.where(rr > target, rr / curvature.clamp_min(tiny), 0)  # finished items stand still
+        x, r = x + step * p, r - step * q
+        rr, old = _dot(r, r), rr
+        p = r + rr / old.clamp_min(tiny) * p
+    return x, rr, max_iter
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.dim() - 1))
 
 
 class Operator:

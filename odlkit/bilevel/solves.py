@@ -3,7 +3,7 @@
 ``b`` is one vector; a tree of tensors is laid end to end by `ravel`.  `solve` returns value, status, residual and iterations
 and never raises: what a failure means is for the caller to say.  The solvers it calls take ``||b|| = 1``.
 (`odlkit.linear.conjugate_gradient` is for operators known to be positive definite, one system an image; here definiteness
-is in question, and watched.)
+is in question, and the same iteration is watched.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+
+from odlkit.linear import conjugate_directions
 
 Product = Callable[[Tensor], Tensor]
 
@@ -74,25 +76,27 @@ def conjugate_gradient(A: Product, b: Tensor, x: Tensor | None, tol: float, max_
     Ends as ``NOT_DEFINITE`` at the first direction with ``<p, A p> <= eps ||A|| ||p||^2`` (``||A||`` is the largest
     curvature met): there the system is singular or indefinite, and what follows would be noise.
     """
+    steepest, failure = 0.0, None
+
+    def stop(curvature: Tensor, pp: Tensor) -> bool:
+        nonlocal steepest, failure
+        along, square = curvature.item(), pp.item()
+        steepest = max(steepest, abs(along) / square)
+        if not along > torch.finfo(b.dtype).eps * steepest * square:
+            failure = Status.NOT_DEFINITE if math.isfinite(along) else Status.NOT_FINITE
+        return failure is not None
+
     x, r, used = begin(A, b, x)
-    p, rr, steepest, status = r, r.dot(r).item(), 0.0, Status.STEP_LIMIT
-    eps = torch.finfo(b.dtype).eps
-    for taken in range(max_iter + 1):
-        if not math.sqrt(rr) > tol:
-            status = Status.CONVERGED if math.isfinite(rr) else Status.NOT_FINITE
-            break
-        if taken == max_iter:
-            break
-        q = A(p)
-        curvature, pp, used = p.dot(q).item(), p.dot(p).item(), used + 1
-        steepest = max(steepest, abs(curvature) / pp)
-        if not curvature > eps * steepest * pp:
-            status = Status.NOT_DEFINITE if math.isfinite(curvature) else Status.NOT_FINITE
-            break
-        x, r = x.add(p, alpha=rr / curvature), r.sub(q, alpha=rr / curvature)
-        rr, old = r.dot(r).item(), rr
-        p = r.add(p, alpha=rr / old)
-    return Solve(x, status, math.sqrt(rr), used)
+    x, rr, taken = conjugate_directions(lambda v: A(v[0])[None], x[None], r[None], tol**2, max_iter, stop)
+    norm = rr.sqrt().item()
+    return Solve(x[0], failure or ended(norm, tol), norm, used + taken)
+
+
+def ended(norm: float, tol: float) -> Status:
+    """The status of a solve that ended with this residual and no other failure."""
+    if not math.isfinite(norm):
+        return Status.NOT_FINITE
+    return Status.STEP_LIMIT if norm > tol else Status.CONVERGED
 
 
 def fixed_point(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int) -> Solve:
@@ -102,30 +106,25 @@ def fixed_point(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: i
     so that it needs no product of its own.
     """
     x, r, used = begin(A, b, x)
-    norm, first, status, flat = size(r), size(r), Status.STEP_LIMIT, 1 - 10 * torch.finfo(b.dtype).eps
+    norm, first, failure, flat = size(r), size(r), None, 1 - 10 * torch.finfo(b.dtype).eps
     still = 0  # products in a row that kept the norm; a few a delay makes too
-    for taken in range(max_iter + 1):
-        if not norm > tol:
-            status = Status.CONVERGED if math.isfinite(norm) else Status.NOT_FINITE
-            break
-        if taken == max_iter:
+    for _ in range(max_iter):
+        if failure or not norm > tol:
             break
         x, r = x + r, r - A(r)
         used, old, norm = used + 1, norm, size(r)
-        if not norm <= 1e6 * first:
-            status = Status.DIVERGED if math.isfinite(norm) else Status.NOT_FINITE
-            break
         still = still + 1 if flat * old <= norm <= old / flat else 0
-        if still == 20:
-            status = Status.STAGNATED
-            break
-    return Solve(x, status, norm, used)
+        if not norm <= 1e6 * first:
+            failure = Status.DIVERGED if math.isfinite(norm) else Status.NOT_FINITE
+        elif still == 20:
+            failure = Status.STAGNATED
+    return Solve(x, failure or ended(norm, tol), norm, used)
 
 
 def gmres(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int, restart: int = 50) -> Solve:
     """GMRES for any invertible ``A``, restarted after ``restart`` steps; holds ``restart + 1`` vectors."""
     x, r, used = begin(A, b, x)
-    norm, status, taken = size(r), Status.STEP_LIMIT, 0
+    norm, failure, taken = size(r), None, 0
     while norm > tol and taken < max_iter:
         V = b.new_zeros(restart + 1, b.numel())
         H = torch.zeros(restart + 1, restart, dtype=torch.float64)
@@ -150,11 +149,9 @@ def gmres(A: Product, b: Tensor, x: Tensor | None, tol: float, max_iter: int, re
         r, old, used = b - A(x), norm, used + 1
         norm = size(r)
         if norm > tol and norm > 0.999 * old:
-            status = Status.STAGNATED
+            failure = Status.STAGNATED
             break
-    if not norm > tol:
-        status = Status.CONVERGED if math.isfinite(norm) else Status.NOT_FINITE
-    return Solve(x, status, norm, used)
+    return Solve(x, failure or ended(norm, tol), norm, used)
 
 
 SOLVERS = {"cg": conjugate_gradient, "neumann": fixed_point, "gmres": gmres, "fixed point": fixed_point}
