@@ -114,8 +114,13 @@ class Cells(nn.Module):
         return [mixture.alpha.detach().softmax(0).tolist() for mixture in self.mixtures]
 
     def best(self) -> list[list[str]]:
-        """The operation with the largest share in each mixture: the network after the search."""
-        return [[mixture.names[int(mixture.alpha.argmax())]] for mixture in self.mixtures]
+        """The operation with the largest share in each mixture among those with weights: the network after the search.
+
+        A skip needs no training and therefore leads in most searches of this kind; a chain of skips is the identity.
+        """
+        return [
+            [max(zip(m.alpha.tolist(), m.names, strict=True), key=lambda s: (s[1] != "skip", s))[1]] for m in self.mixtures
+        ]
 
 
 def normalized(net: nn.Module, size: int = 16) -> nn.Module:
