@@ -169,7 +169,7 @@ def fitted(cells: list[list[str]], without: str | None, **run: Any) -> tuple[Ill
     return net, record
 
 
-def light(out: Path, resume: bool = False, steps: int = 1500) -> None:
+def light(out: Path, resume: bool = False, steps: int = 1000) -> None:
     """Search, train what was found on all six pairs, and write the weights and their card."""
     cells = search(out, resume)
     net, record = fitted(cells, None, steps=steps, lr=3e-3, out=out, name="hodl-light", resume=resume)
