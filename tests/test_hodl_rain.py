@@ -21,8 +21,8 @@ from odlkit.models.hodl_rain import (
     slopes,
 )
 from odlkit.networks.normalize import conv_norm_bound, local_norm
-from odlkit.operators import Gradient
-from odlkit.problem import Problem
+from odlkit.operators import Gradient, Identity
+from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import propagate
 from odlkit.training.rain import smear
 
@@ -203,7 +203,7 @@ def test_the_bound_holds_and_the_iteration_settles_where_it_holds():
     T, one = net.map(padded(y))
     D_net = net.network(one)
     assert local_norm(lambda z: D_net(z), one.start()) <= lipschitz(net) + 1e-9
-    run = propagate(Iteration(T, one), Problem(None), one.start(), steps=60)
+    run = propagate(Iteration(T, one), Problem(LeastSquares(Identity(), one.b)), one.start(), steps=60)
     moves = run.trace["change"]
     assert (moves[1:] <= moves[:-1] * (1 + 1e-12)).all() and moves[-1] < 0.1 * moves[0]
     for layer, _ in iterated(net):

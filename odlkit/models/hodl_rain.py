@@ -120,7 +120,8 @@ class Split:
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u_b`` (3 channels), ``u_r`` (1), ``t_b`` and ``t_r``."""
         c = self.b.shape[1]
-        return tuple(z.split([c, 1, c * self.W_b.widening, self.W_r.widening], 1))  # type: ignore[return-value]
+        u_b, u_r, t_b, t_r = z.split([c, 1, c * self.W_b.widening, self.W_r.widening], 1)
+        return u_b, u_r, t_b, t_r
 
     @property
     def scale(self) -> Any:
@@ -271,7 +272,8 @@ def cropped(x: Tensor, y: Tensor) -> Tensor:
 
 def iterated(net: Streaks) -> list[tuple[nn.Conv2d, int]]:
     """The convolutions that an iterate passes, and how many of their channels see it: all."""
-    return [(layer, layer.in_channels) for layer in (*net.scene, *net.rain)]  # type: ignore[misc]
+    layers: Any = (*net.scene, *net.rain)
+    return [(layer, layer.in_channels) for layer in layers]
 
 
 def normalized(net: Streaks) -> Streaks:
@@ -308,7 +310,8 @@ def lipschitz(net: Streaks) -> float:
     passes unchanged has 1.  Source: HODL section 6.2, Assumption 3.2.
     """
     norms = [net.share if net.scene else 0.0] * 2
-    for i, part in enumerate((net.scene, net.rain)):
+    parts: Any = (net.scene, net.rain)
+    for i, part in enumerate(parts):
         for layer in part:
             norms[i] *= conv_norm_bound(layer.weight)
     return max(1.0, (norms[0] ** 2 + norms[1] ** 2) ** 0.5)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from odlkit import weights
 from odlkit.models.hodl_rain import Iteration, Streaks, cropped, padded
-from odlkit.problem import Problem
+from odlkit.operators import Identity
+from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
 from odlkit.tasks.deblur_hodl import krasnoselskii_mann
 from odlkit.tasks.report import Outcome
@@ -23,7 +24,8 @@ def iterated(net: Streaks, y: Tensor, steps: int | None = None, progress: bool =
     """Run T as often as in training or ``steps`` times on ``y`` ``(B, 3, H, W)``: u_b, and the run with its energies."""
     T, split = net.map(padded(y))
     start = split.start()
-    result = propagate(Iteration(T, split), Problem(None), start, steps=steps or net.depth, progress=progress)
+    problem = Problem(LeastSquares(Identity(), split.b))  # of which the step needs nothing
+    result = propagate(Iteration(T, split), problem, start, steps=steps or net.depth, progress=progress)
     result.trace.start["energy"] = split.energy(start)
     return cropped(split.parts(result.x)[0], y), result
 
