@@ -56,7 +56,7 @@ class Illumination(nn.Module):
 
     N (`Cells`) is 1-Lipschitz in u whatever it sees of y, projections are, D_num has ``|1 - 2 gamma|``: T is a contraction
     with ``1 - alpha (1 - |1 - 2 gamma|)``, and Theorem 3.2's hypothesis holds: one fixed point from every start.
-    ``phi = (s / t) (m / s)^p``, m the smoothed channel maximum, s its mean: p flattens the light, t is the exposure,
+    ``phi = (s / t) (m / s)^p``, m the smoothed channel maximum, s its upper quartile: p flattens the light, t is the exposure,
     both learned; the channel maximum itself is p = t = 1.  u lives on means over ``block x block`` pixels.
     ``given`` is what T takes from y, ``map`` is T and its start.  Raises ``ValueError`` for a gamma outside (0, 1/2].
     Eq: HODL (3).  Source: HODL section 4.3, low-light enhancement.
@@ -77,7 +77,7 @@ class Illumination(nn.Module):
         self.config: dict[str, Any] = {"width": width, "cells": [list(names) for names in cells], "depth": depth}
         self.config |= {"alpha": alpha, "gamma": gamma, "block": block}
         self.depth, self.alpha, self.gamma, self.block = depth, alpha, gamma, block
-        self.power, self.exposure = nn.Parameter(torch.tensor(0.4)), nn.Parameter(torch.tensor(0.5))
+        self.power, self.exposure = nn.Parameter(torch.tensor(0.4)), nn.Parameter(torch.tensor(0.65))
         self.net = Cells(width, cells)
         self.look = nn.Sequential(  # what N sees of y, any function of it
             nn.Conv2d(9, 2 * width, 3, padding=1), nn.ReLU(),
@@ -92,12 +92,12 @@ class Illumination(nn.Module):
         """From a picture ``(B, 3, H, W)`` in [0, 1]."""
         colours = coarse(y, self.block)
         floor = colours.amax(1, keepdim=True).clamp(LEAST, 1)
-        scale = floor.mean((2, 3), keepdim=True)
+        scale = floor.flatten(1).quantile(0.75, 1).view(-1, 1, 1, 1)
         m = smoothed(floor / scale, 4).clamp_min(0.02)
         return Seen(colours, floor, (scale / self.exposure * m**self.power).clamp(max=1).maximum(floor), scale)
 
     def context(self, seen: Seen) -> Tensor:
-        """What the cells are given of the picture: colours and light relative to the mean, and four numbers of the whole."""
+        """What the cells are given of the picture: colours and light relative to s, and four numbers of the whole."""
         bright = (seen.floor / seen.scale).log()
         whole = [seen.scale.log() + 3, bright.mean((2, 3), keepdim=True)]
         whole.append((bright.var((2, 3), correction=0, keepdim=True) + 1e-8).sqrt())
