@@ -68,5 +68,5 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
 
 
 bounded = partial(train, "hodl-rain", "networks normalized, so that T is non-expansive")
-free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", bounded=False)
+free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", steps=1000, bounded=False)
 numbers = partial(train, "hodl-rain-numbers", "no network, the numbers of the solver alone (UNH)", steps=200, width=0)
