@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softshrink
 
 from odlkit.linear import LinearMap, NotConverged, as_operator
-from odlkit.operators import Gradient
+from odlkit.operators import Gradient, Operator
 from odlkit.problem import Prior, sum_items
 
 Weight = Tensor | float
@@ -130,14 +130,23 @@ class TV:
     ``lam sum_i (|(D x)_i| - <(D x)_i, q_i>)`` is at most ``(tol ||z||)^2 / 2`` for every item, which guarantees
     ``||x - prox|| <= tol ||z||``; the subproblem's value is then within ``gap / step`` of its minimum.  Raises
     `NotConverged` after ``max_iter`` steps (in float32 also where a large lam puts round-off above a small ``tol``).
-    ``warm_start`` keeps q for the next call on an input of the same shape.
+    ``warm_start`` keeps q for the next call on an input of the same shape.  ``gradient`` is another D with
+    ``||D||^2 <= 8``, and ``least`` the root mean square of z below which ``||z||`` is not made a smaller goal.
     """
 
     convex = True
 
-    def __init__(self, weight: float = 1.0, tol: float = 1e-3, max_iter: int = 5000, warm_start: bool = False):
+    def __init__(
+        self,
+        weight: float = 1.0,
+        tol: float = 1e-3,
+        max_iter: int = 5000,
+        warm_start: bool = False,
+        gradient: Operator | None = None,
+        least: float = 0.0,
+    ):
         self.weight, self.tol, self.max_iter, self.warm_start = _check_weight(weight), tol, max_iter, warm_start
-        self.gradient = Gradient()
+        self.gradient, self.least = gradient or Gradient(), least
         self.dual: Tensor | None = None
 
     def value(self, x: Tensor) -> Tensor:
@@ -153,7 +162,8 @@ class TV:
     def solve(self, z: Tensor, step: Tensor | float, dual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
         """``(x, dual, gap, iterations)`` for the prox at ``z``, from ``dual`` (default 0); ``gap`` is float64, ``(B,)``."""
         lam = torch.as_tensor(self.weight * step, dtype=z.dtype, device=z.device)
-        target = 0.5 * self.tol**2 * sum_items(z.to(torch.float64).square())
+        floor = self.least**2 * z[0].numel()
+        target = 0.5 * self.tol**2 * sum_items(z.to(torch.float64).square()).clamp_min(floor)
         q = torch.zeros_like(self.gradient.A(z)) if dual is None else dual
         r, t = q, torch.ones(len(z), 1, 1, 1, dtype=z.dtype, device=z.device)
         rate = 1 / (8 * lam.clamp_min(1e-12))  # an item with lam = 0 stays at z whatever its dual does

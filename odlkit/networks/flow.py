@@ -52,7 +52,7 @@ class FlowNet(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
         """The flows of all levels from coarse to fine, each in pixels of its level and blind to the loss of the next."""
         one, two = self.features(first), self.features(second)
-        flow, found = torch.zeros_like(one[-1][:, :2]), []
+        flow, found = torch.zeros_like(one[-1][:, :2]), list[Tensor]()
         for a, b in zip(reversed(one), reversed(two), strict=True):
             flow = resized(flow, a.shape[-2:]) if found else flow
             flow = self.residual(a, b, flow.detach())
