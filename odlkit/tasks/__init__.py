@@ -72,6 +72,11 @@ TASKS = {
         "brighten a photograph that had too little light",
         "odlkit.tasks.lowlight:enhance",
     ),
+    "flow": Task(
+        "find where each pixel of a frame is in the next one (optical flow): a .flo file, or directions as colours",
+        "odlkit.tasks.flow:optical_flow",
+        needs=("second",),
+    ),
     "denoise": Task(
         "remove the noise of a camera, or Gaussian noise",
         "odlkit.tasks.denoise:denoise",
