@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from odlkit.networks import Classifier, ConvUnit, RBFUnit, ResidualNet, UNet
+from odlkit.networks import Classifier, ConvUnit, FlowNet, RBFUnit, ResidualNet, UNet
 
 FOLDER = Path(__file__).with_name("weights")
 UNITS = {"conv": ConvUnit, "rbf": RBFUnit, "unet": UNet}
@@ -62,6 +62,8 @@ def load(name: str) -> nn.Module:
         from odlkit.models.gdc_joint import CascadeNet
 
         model = CascadeNet(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "flow":
+        model = FlowNet(**{key: value for key, value in network.items() if key != "kind"})
     elif network["kind"] == "deconvolution":
         from odlkit.models.hodl_deblur import Deconvolution
 
