@@ -23,6 +23,8 @@ PLACES = {
     "gdc-inpaint": "odlkit.bench.gdc:interpolate",
     "gdc-smooth": "odlkit.bench.gdc:smoothing",
     "gdc-blind": "odlkit.bench.gdc_blind:run",
+    "gdc-flow": "odlkit.bench.flow:run",
+    "gdc-flow-settings": "odlkit.bench.flow:tune",
     "dgunet-ablation": "odlkit.bench.dgunet_ablation:run",
     "dgunet-cs": "odlkit.bench.dgunet_cs:run",
     "dgunet-derain": "odlkit.bench.dgunet_derain:run",
