@@ -123,6 +123,7 @@ OPTIONS = {
     "tile": "a number of pixels",
     "size": "an odd number of pixels",
     "kernel_out": "a file name",
+    "second": "an image",
 }
 
 
@@ -158,6 +159,7 @@ def _options(name: str, task: Any, given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--strength", type=float, default=None, help="How much smoothing: the price of an edge pixel.")
 @click.option("--size", type=int, default=None, help="Pixels a side of the kernel to be estimated, odd.")
 @click.option("--kernel-out", default=None, help="Where an estimated kernel goes: .npy, or a picture to look at.")
+@click.option("--second", default=None, help="The frame that follows INPUT, for optical flow.")
 @click.option("--report", default=None, help="Where a JSON report of the run goes.")
 def restore(task, input, output, model, device, seed, report, **given) -> None:
     """Restore the image INPUT; TASK is one of `odlkit tasks`.
@@ -169,6 +171,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     odlkit restore inpaint holes.png --mask known.png -o whole.png
 
     odlkit restore deblur-blind shaken.jpg --size 31 -o sharp.png --kernel-out kernel.npy
+
+    odlkit restore flow frame1.png --second frame2.png -o flow.png (or flow.flo)
     """
     from odlkit.tasks import TASKS
 
@@ -184,7 +188,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     torch.manual_seed(seed)
     where = _device(device)
     picture = images.read(input)
-    images.check_output(output, picture)
+    numbers = task == "flow" and Path(output).suffix.lower() == ".flo"
+    images.check_output(Path(output).with_suffix(".png") if numbers else output, picture)
     kernel_out = options.pop("kernel_out", None)
     if kernel_out is not None:
         images.check_kernel_output(kernel_out)
@@ -192,14 +197,23 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
         options["kernel"] = images.read_kernel(options["kernel"])
     if "mask" in options:
         options["mask"] = images.read(options["mask"], "mask").x.mean(1)[0].to(where)
+    if "second" in options:
+        options["second"] = images.read(options["second"], "second").x.to(where)
     chosen = {"model": model} if model is not None else {}
     restored, about = TASKS[task].function()(picture.x.to(where), progress=True, **options, **chosen)
+    if task == "flow":
+        from odlkit import flow
+
+        restored, numbers = flow.colours(restored), restored if numbers else None
     target = images.matching(restored, picture)
     kept = {key: value for key, value in about["input"].items() if key != "shape"}
     about["input"] = {"path": str(input), **picture.describe(), **kept}
     about["output"] = {"path": str(output), **target.describe()}
     about["settings"]["seed"] = seed
-    images.write(output, restored, target)
+    if numbers is None or numbers is False:
+        images.write(output, restored, target)
+    else:
+        flow.write_flo(output, numbers)
     if kernel_out is not None:
         images.write_kernel(kernel_out, torch.tensor(about["kernel"], dtype=torch.float64))
     for note in about["notes"]:
