@@ -188,8 +188,8 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     torch.manual_seed(seed)
     where = _device(device)
     picture = images.read(input)
-    numbers = task == "flow" and Path(output).suffix.lower() == ".flo"
-    images.check_output(Path(output).with_suffix(".png") if numbers else output, picture)
+    as_numbers = task == "flow" and Path(output).suffix.lower() == ".flo"
+    images.check_output(Path(output).with_suffix(".png") if as_numbers else output, picture)
     kernel_out = options.pop("kernel_out", None)
     if kernel_out is not None:
         images.check_kernel_output(kernel_out)
@@ -204,16 +204,16 @@ def restore(task, input, output, model, device, seed, report, **given) -> None:
     if task == "flow":
         from odlkit import flow
 
-        restored, numbers = flow.colours(restored), restored if numbers else None
-    target = images.matching(restored, picture)
+        vectors, restored = restored, flow.colours(restored)
+    target = images.Picture(restored) if task == "flow" else images.matching(restored, picture)
     kept = {key: value for key, value in about["input"].items() if key != "shape"}
     about["input"] = {"path": str(input), **picture.describe(), **kept}
     about["output"] = {"path": str(output), **target.describe()}
     about["settings"]["seed"] = seed
-    if numbers is None or numbers is False:
-        images.write(output, restored, target)
+    if as_numbers:
+        flow.write_flo(output, vectors)
     else:
-        flow.write_flo(output, numbers)
+        images.write(output, restored, target)
     if kernel_out is not None:
         images.write_kernel(kernel_out, torch.tensor(about["kernel"], dtype=torch.float64))
     for note in about["notes"]:
