@@ -15,16 +15,15 @@ from torch.nn import functional as nnf
 
 from odlkit.images import atomic
 
-TAG, UNKNOWN = 202021.25, 1e9  # of Middlebury's .flo: the first number, and what is beyond every flow
+TAG, UNKNOWN = b"PIEH", 1e9  # of Middlebury's .flo: its first bytes, and what is beyond every flow
 HUES = (15, 6, 4, 11, 13, 6)  # colours from red to yellow, green, cyan, blue, magenta and back to red
 
 
 def read_flo(path: Path | str, name: str = "flow") -> Tensor:
     """The flow of a ``.flo`` file, ``(1, 2, H, W)`` float32, NaN where it is unknown.  Raises ``ValueError`` for others."""
     blob = Path(path).read_bytes()
-    head = np.frombuffer(blob[:4], "<f4"), np.frombuffer(blob[4:12], "<i4")
-    width, height = head[1].tolist() if len(blob) > 12 else (0, 0)
-    if head[0] != np.float32(TAG) or min(width, height) < 1 or len(blob) != 12 + 8 * width * height:
+    width, height = np.frombuffer(blob[4:12], "<i4").tolist() if len(blob) > 12 else (0, 0)
+    if blob[:4] != TAG or min(width, height) < 1 or len(blob) != 12 + 8 * width * height:
         raise ValueError(f"{name}: expected a .flo file of Middlebury, {path} is not")
     flow = torch.from_numpy(np.frombuffer(blob[12:], "<f4").reshape(height, width, 2).copy()).permute(2, 0, 1)
     return torch.where((flow.abs() > UNKNOWN).any(0), torch.nan, flow)[None].contiguous()
@@ -34,7 +33,7 @@ def write_flo(path: Path | str, flow: Tensor) -> None:
     """Write ``(1, 2, H, W)`` as ``.flo``; NaN is written as unknown."""
     values = flow[0].detach().cpu().float().nan_to_num(nan=1.666666752e9).permute(1, 2, 0).contiguous().numpy()
     with atomic(path) as handle:
-        handle.write(np.float32(TAG).astype("<f4").tobytes() + np.array(values.shape[1::-1], "<i4").tobytes())
+        handle.write(TAG + np.array(values.shape[1::-1], "<i4").tobytes())
         handle.write(values.astype("<f4").tobytes())
 
 

@@ -117,7 +117,7 @@ class Settings:
     data: str = "l1"
     gray: float = 0.3
     features: float = 0.0
-    tv: float = 0.03
+    tv: float = 0.02
     eps: float = 0.01
     edges: float = 10.0
     warps: int = 5
