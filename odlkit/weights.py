@@ -62,6 +62,12 @@ def load(name: str) -> nn.Module:
         from odlkit.models.gdc_joint import CascadeNet
 
         model = CascadeNet(**{key: value for key, value in network.items() if key != "kind"})
+    elif network["kind"] == "cells":
+        from odlkit.models.gdc_rain import RainNet
+
+        several = network.get("networks")  # those of a comparison
+        config = {key: value for key, value in network.items() if key != "kind"}
+        model = nn.ModuleDict({k: RainNet(**v) for k, v in several.items()}) if several else RainNet(**config)
     elif network["kind"] == "flow":
         model = FlowNet(**{key: value for key, value in network.items() if key != "kind"})
     elif network["kind"] == "deconvolution":

@@ -25,6 +25,7 @@ PLACES = {
     "gdc-blind": "odlkit.bench.gdc_blind:run",
     "gdc-flow": "odlkit.bench.flow:run",
     "gdc-flow-settings": "odlkit.bench.flow:tune",
+    "gdc-search": "odlkit.bench.gdc_search:run",
     "dgunet-ablation": "odlkit.bench.dgunet_ablation:run",
     "dgunet-cs": "odlkit.bench.dgunet_cs:run",
     "dgunet-derain": "odlkit.bench.dgunet_derain:run",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from odlkit.models.gdc import Discriminative, Generative, PartiallyDefined, Penalty
+from odlkit.models.gdc import Discriminative, Generative, Module, PartiallyDefined, Penalty
 from odlkit.networks.cells import CellNet, Genotype
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem
@@ -48,7 +48,7 @@ class RainNet(nn.Module):
         def level(stage: int) -> float:
             return at["growth"] ** -stage
 
-        modules = [Generative(self.G, level), Discriminative(self.d, level)]
+        modules: list[Module] = [Generative(self.G, level), Discriminative(self.d, level)]
         penalty, c = Penalty(at["gamma"], at["growth"]), at["gamma"] * at["reach"] ** 2 * n
         return PartiallyDefined(modules, penalty, 2 * at["bar"] * n**0.5, c)
 

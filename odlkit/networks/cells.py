@@ -6,6 +6,7 @@ ones, and the output node sees all inner ones.  All cells of a network have the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,7 @@ class ChannelAttention(nn.Module):
         return x * self.gate(x.mean((2, 3), keepdim=True))
 
 
-OPERATORS = {  # name -> width -> module, (B, width, H, W) -> (B, width, H, W)
+OPERATORS: dict[str, Callable[[int], nn.Module]] = {  # name -> width -> module, (B, width, H, W) -> (B, width, H, W)
     "3-DC": partial(dilated, 3),
     "5-DC": partial(dilated, 5),
     "3-RB": partial(Residual, 3),
@@ -121,16 +122,16 @@ class Cell(nn.Module):
 
     def __init__(self, width: int, genotype: Genotype | None = None):
         super().__init__()
-        edges = [[*edge, NAMES] for edge in ALL] if genotype is None else [[i, j, [name]] for i, j, name in genotype]
-        self.edges = [(i, j) for i, j, _ in edges]
-        self.operators = nn.ModuleList(nn.ModuleList(OPERATORS[name](width) for name in names) for _, _, names in edges)
+        self.edges = ALL if genotype is None else [(i, j) for i, j, _ in genotype]
+        named = [NAMES] * len(ALL) if genotype is None else [[name] for _, _, name in genotype]
+        self.operators = nn.ModuleList(nn.ModuleList(OPERATORS[name](width) for name in names) for names in named)
         self.out = nn.Conv2d(NODES * width, width, 1)
 
     def forward(self, x: Tensor, mixture: Tensor | None = None) -> Tensor:
         """``mixture`` ``(10, 8)`` are the softmax weights of a relaxed cell."""
         nodes = [x, *[torch.zeros_like(x)] * NODES]
         for e, ((source, target), operators) in enumerate(zip(self.edges, self.operators, strict=True)):
-            for k, operator in enumerate(operators):  # type: ignore[arg-type]
+            for k, operator in enumerate(operators):  # type: ignore[arg-type,var-annotated]
                 value = operator(nodes[source])
                 nodes[target] = nodes[target] + (value if mixture is None else mixture[e, k] * value)
         return x + self.out(torch.cat(nodes[1:], 1))

@@ -16,6 +16,7 @@ RECIPES = {
     "gdc-deblur-gdc": "odlkit.training.gdc:deblur_gdc",
     "gdc-inpaint": "odlkit.training.gdc:inpaint",
     "gdc-search": "odlkit.training.search:compare",
+    "gdc-derain": "odlkit.training.search:derain",
     "gdc-flow": "odlkit.training.flow:network",
     **{f"dgunet-cs-{n}": f"odlkit.training.dgunet:sensing_{n}" for n in (10, 25, 1, 4, 50)},
     **{f"dgunet-cs-{n}-paper": f"odlkit.training.dgunet:sensing_{n}_paper" for n in (10, 25)},
