@@ -1,7 +1,11 @@
-"""A paper's tables on the data at hand, each a function ``run(progress) -> record`` that carries its provenance."""
+"""A paper's tables on the data at hand, each a function ``run(progress) -> record`` that carries its provenance.
+
+`SUITES` adds the ``seconds`` that it took.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +35,7 @@ PLACES = {
     "dgunet-derain": "odlkit.bench.dgunet_derain:run",
     "denoise-classical": "odlkit.bench.dgunet_denoise:classical",
     "dgunet-denoise": "odlkit.bench.dgunet_denoise:run",
+    "hyper-cleaning": "odlkit.bench.hyper_cleaning:run",
     "hodl-lambda": "odlkit.bench.hodl_lambda:run",
     "hodl-sparse": "odlkit.bench.hodl_sparse:regularised",
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
@@ -48,12 +53,21 @@ def _later(place: str) -> Callable[..., dict[str, Any]]:
         from importlib import import_module
 
         module, function = place.split(":")
-        return getattr(import_module(module), function)(progress=progress)
+        clock = time.monotonic()
+        record = getattr(import_module(module), function)(progress=progress)
+        return record | {"seconds": round(time.monotonic() - clock)}
 
     return run
 
 
 SUITES = {name: _later(place) for name, place in PLACES.items()}
+
+
+def each(items: Iterable[Any], name: str, progress: bool, total: int | None = None) -> Iterable[Any]:
+    """The items, behind a progress bar of that name."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, total=total, disable=not progress)
 
 
 def provenance(suite: str, sets: Iterable[str], seeds: Iterable[int], weights: Iterable[str] = ()) -> dict[str, Any]:

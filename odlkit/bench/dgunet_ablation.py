@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from odlkit import data
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.images import centre
 from odlkit.metrics import psnr
 from odlkit.models.dgunet import DGUNet
@@ -109,16 +108,12 @@ def one(name: str, seed: int, out: Path, train: list[Tensor], x: Tensor, y: Tens
 
 def run(progress: bool = False) -> dict[str, Any]:
     """PSNR on Set14 under drawn rain, every variant and seed; after a stop it goes on from what the temporary folder has."""
-    from tqdm import tqdm
-
-    clock, train = time.monotonic(), data.images("train400")
+    train = data.images("train400")
     x = torch.cat([centre(image, CROP) for image in data.images("set14")])
     y = (x + streaks((len(x), CROP, CROP), torch.Generator().manual_seed(100), heavy=0.0)).clamp(0, 1)
     out = Path(tempfile.gettempdir()) / f"odlkit-dgunet-ablation-{commit()}"
     jobs = [(name, seed) for seed in SEEDS for name in VARIANTS]
-    found = {
-        (n, seed): one(n, seed, out, train, x, y) for n, seed in tqdm(jobs, desc="dgunet-ablation", disable=not progress)
-    }
+    found = {(n, seed): one(n, seed, out, train, x, y) for n, seed in each(jobs, "dgunet-ablation", progress)}
     rows = []
     for name, (_, _, printed) in VARIANTS.items():
         runs = [found[name, seed] for seed in SEEDS]
@@ -143,5 +138,4 @@ def run(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper trains 400,000 steps on 16 patches of 256x256 in colour, five times as wide and of "
         "seven stages, once, and tests on Rain100H; here nothing is trained to its end, which favours what learns quickly",
         "settings": SIZE | {"steps": STEPS, "batch": BATCH, "patch": PATCH, "learning rate": 2e-3},
-        "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-ablation", ("train400", "set14"), SEEDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.metrics import psnr, ssim
 from odlkit.models.dgunet import Sensing
 from odlkit.operators import BlockSampling
@@ -25,12 +24,10 @@ STEPS = (25, 50, 100, 200)  # and the numbers of iterations
 
 def run(progress: bool = False) -> dict[str, Any]:
     """PSNR and SSIM at every ratio whose network is installed, with the learned matrix and the public ones."""
-    from tqdm import tqdm
-
-    clock, images = time.monotonic(), data.images("set11")
+    images = data.images("set11")
     rows: list[dict[str, Any]] = []
     record: dict[str, Any] = {"names": [path.stem for path in data.files("set11")], "matrices": {}, "borders": {}}
-    for ratio, name in tqdm(sorted(networks().items()), desc="dgunet-cs", disable=not progress):
+    for ratio, name in each(sorted(networks().items()), "dgunet-cs", progress):
         net: Any = weights.load(name)
         about = {"ratio": f"{ratio:.0%}", "matrix": "learned"}
         trained = {
@@ -59,7 +56,6 @@ def run(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper's network has 2.1 million weights beside its matrix and 4 scales, and was trained on "
         "GPUs for 200 epochs; here it has 0.3 million and 3 scales, and was trained for some thousand steps of 8 patches on "
         "one thread of a processor",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-cs", ("set11", "cs_matrices", "train400"), (0,), networks().values())
 
 

@@ -5,16 +5,14 @@ No network saw a picture or a kernel of these sets in training.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from odlkit import data, weights
-from odlkit.bench import gdc, podm_sr, provenance
+from odlkit.bench import each, gdc, podm_sr, provenance
 from odlkit.images import centre
 from odlkit.metrics import psnr, psnr_up_to_shift
 from odlkit.operators import ValidBlur
@@ -54,7 +52,7 @@ def known_blur(progress: bool) -> list[dict[str, Any]]:
     rows = []
     for sigma in NOISE:
         scores: dict[str, list[Tensor]] = {"data": []}
-        for x, blur in tqdm(batches, desc=f"known blur, {sigma:.0%}", disable=not progress):
+        for x, blur in each(batches, f"known blur, {sigma:.0%}", progress):
             y = gdc.observe(blur, x, sigma)
             scores["data"].append(psnr(y, x))
             for name in ("dgunet", *BESIDE["deblur"]):
@@ -70,7 +68,7 @@ def missing(progress: bool) -> list[dict[str, Any]]:
     rows = []
     for kind in (0.2, 0.5, 0.8, "text"):
         scores: dict[str, list[Tensor]] = {}
-        for i, x in enumerate(tqdm(pictures, desc=f"missing: {kind}", disable=not progress)):
+        for i, x in enumerate(each(pictures, f"missing: {kind}", progress)):
             generator = torch.Generator().manual_seed(i)
             mask = text(128, 128, generator) if isinstance(kind, str) else missing_at_random(kind, 128, 128, generator)
             for name in ("dgunet", *BESIDE["inpaint"]):
@@ -83,7 +81,7 @@ def enlarged(progress: bool) -> list[dict[str, Any]]:
     """Set5 in luminance, bicubic and plain decimation; a border of ``scale`` pixels is not scored."""
     rows = []
     for kind in podm_sr.KINDS:
-        for scale in tqdm(sr.SCALES, desc=f"super-resolution, {kind}", disable=not progress):
+        for scale in each(sr.SCALES, f"super-resolution, {kind}", progress):
             scores: dict[str, list[Tensor]] = {}
             for x in podm_sr.truths("set5", scale):
                 case = podm_sr.Case(x, scale, kind)
@@ -131,22 +129,21 @@ def unknown_blur(progress: bool) -> list[dict[str, Any]]:
 def _compared(cases: Sequence[tuple[Tensor, Tensor, Callable[[], Tensor]]], progress: bool, desc: str) -> dict[str, Any]:
     """Up to a shift, in dB: the photograph, what is restored without and with its kernel, and the gains without."""
     scores: dict[str, list[Tensor]] = {"blurry": [], "dgunet": [], "given_the_kernel": []}
-    for x, y, informed in tqdm(cases, desc=desc, disable=not progress):
+    for x, y, informed in each(cases, desc, progress):
         for name, image in (("blurry", y), ("dgunet", deblur(y, model="dgunet")[0]), ("given_the_kernel", informed())):
             scores[name].append(psnr_up_to_shift(image.clamp(0, 1), x))
     gains = [b - a for a, b in zip(scores["blurry"], scores["dgunet"], strict=True)]
-    each = torch.cat(gains)
+    found = torch.cat(gains)
     return {name: _mean(values) for name, values in scores.items()} | {
         "gain": _mean(gains),
-        "worst_gain": round(each.min().item(), 2),
-        "best_gain": round(each.max().item(), 2),
-        "share_gaining": round((each > 0).double().mean().item(), 3),
+        "worst_gain": round(found.min().item(), 2),
+        "best_gain": round(found.max().item(), 2),
+        "share_gaining": round((found > 0).double().mean().item(), 3),
     }
 
 
 def known(progress: bool = False) -> dict[str, Any]:
     """One network that is given A, for three tasks, in dB."""
-    clock = time.monotonic()
     rows = [*known_blur(progress), *missing(progress), *enlarged(progress)]
     networks = (KNOWN, *OTHERS)
     return {
@@ -158,13 +155,11 @@ def known(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper has no such network: it trains one for each task, for days. Ours serves three, has "
         f"{weights.card(KNOWN)['parameters']} weights, is told the noise by its start alone, and was trained for an hour",
         "parameters": {name: weights.card(name)["parameters"] for name in networks},
-        "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-known", ("bsd68", "set5", "levin09_kernels"), range(9), networks)
 
 
 def motion(progress: bool = False) -> dict[str, Any]:
     """Blur that nobody knows, in dB."""
-    clock = time.monotonic()
     return {
         "claim": f"motion that nobody knows, mean PSNR in dB up to a shift: centres of {CROP}x{CROP} of seven and five "
         f"scenes, {UNKNOWN_NOISE:.1%} noise, eight kernels each, random ones within {KERNEL}x{KERNEL} pixels as in training "
@@ -173,5 +168,4 @@ def motion(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper trains on colour video in which cameras and people move; here one kernel blurs the "
         "whole picture, and the network is small and learned kernels within "
         f"{KERNEL}x{KERNEL} pixels for an hour",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-deblur", ("bsd68", "set14", "levin09", "levin09_kernels"), range(8), (MOTION, KNOWN))

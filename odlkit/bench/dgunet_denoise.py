@@ -8,7 +8,6 @@ white, and methods for white noise need a larger level to see it.
 from __future__ import annotations
 
 import statistics as stats
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.images import centre
 from odlkit.metrics import psnr, ssim
 from odlkit.tasks.deblur import estimate_noise
@@ -95,11 +94,9 @@ def summary(found: list[tuple[float, float]], before: list[tuple[float, float]])
 
 def real_rows(methods: dict[str, Method], blind: bool, progress: bool) -> list[dict[str, Any]]:
     """For each set and both together, a row for each method; those that are not ``blind`` with estimated and best level."""
-    from tqdm import tqdm
-
     table: dict[tuple[str, str, str | None], list[tuple[float, float]]] = {}
     for name in REAL:
-        for pair in tqdm(real(name), desc=name, disable=not progress):
+        for pair in each(real(name), name, progress):
             true, estimated = (pair.noisy - pair.clean).std().item(), estimate_noise(pair.noisy)
             rows: dict[tuple[str, str | None], tuple[float, float]] = {("noisy", None): scores(pair.noisy, pair.clean)}
             for method, run in methods.items():
@@ -119,11 +116,9 @@ def real_rows(methods: dict[str, Method], blind: bool, progress: bool) -> list[d
 
 def gaussian_rows(methods: dict[str, Method], progress: bool) -> list[dict[str, Any]]:
     """Mean PSNR for each set, level and method, which is told the level."""
-    from tqdm import tqdm
-
     table: dict[tuple[str, int, str], list[float]] = {}
     for name in BSD:
-        for level, _, x, y in tqdm(gaussian(name), desc=name, total=34 * len(LEVELS), disable=not progress):
+        for level, _, x, y in each(gaussian(name), name, progress, 34 * len(LEVELS)):
             for method, run in methods.items():
                 table.setdefault((name, level, method), []).append(scores(run(y, level / 255), x)[0])
     return [
@@ -146,19 +141,16 @@ TABLE_3_WORDS = (
 
 def classical(progress: bool = False) -> dict[str, Any]:
     """What others than DGUNet make of the same pictures: total variation, wavelets, a network for white noise, BM3D."""
-    clock = time.monotonic()
     return {
         "claim": f"denoising without DGUNet (BM3D on real noise only): {WORDS}",
         "rows": real_rows(CLASSICAL, False, progress)
         + gaussian_rows({name: run for name, run in CLASSICAL.items() if name != "bm3d"}, progress),
         "why_they_differ": OTHERS,
-        "seconds": round(time.monotonic() - clock),
     } | provenance("denoise-classical", (*REAL, *BSD), range(34), ("podm-denoiser",))
 
 
 def run(progress: bool = False) -> dict[str, Any]:
     """DGUNet, one network that is told nothing, on the same pictures; and the noise it was trained on beside real noise."""
-    clock = time.monotonic()
     method: dict[str, Method] = {"dgunet": partial(_task, "dgunet")}
     rows = real_rows(method, True, progress) + gaussian_rows(method, progress)
     both = next(row for row in rows if row["method"] == "dgunet" and row["data"] == "both")
@@ -170,7 +162,6 @@ def run(progress: bool = False) -> dict[str, Any]:
         "gain_on_real_pairs": both["gain"],
         "three_decibels_above_noisy": both["gain"] >= 3,
         "why_they_differ": OTHERS + TABLE_3_WORDS,
-        "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-denoise", (*REAL, *BSD), range(34), ("dgunet-denoise",))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.metrics import luminance, psnr, ssim
 from odlkit.tasks.derain import MODELS, NETWORK, derain
 
@@ -29,12 +28,10 @@ def rain(name: str) -> list[tuple[Path, Path]]:
 
 def run(progress: bool = False) -> dict[str, Any]:
     """Means of PSNR and SSIM of the models of the task, in colour and on luminance, beside the rainy pictures."""
-    from tqdm import tqdm
-
-    clock, rows, gains, about = time.monotonic(), [], {}, weights.card(NETWORK)
+    rows, gains, about = [], {}, weights.card(NETWORK)
     for name, printed in TABLE_1.items():
         pairs, found = rain(name), {method: torch.zeros(0, 4, dtype=torch.float64) for method in METHODS}
-        for rainy, clean in tqdm(pairs, desc=name, disable=not progress):
+        for rainy, clean in each(pairs, name, progress):
             x, y = data.image(clean), data.image(rainy)
             for method in METHODS:
                 restored = y if method == "rainy" else derain(y, method)[0].clamp(0, 1).mul(255).round().div(255)
@@ -64,5 +61,4 @@ def run(progress: bool = False) -> dict[str, Any]:
         "the training pairs of Rain100H among them, and scores 100 pairs a set; here 44 and 10 of them are at hand, "
         f"{about['parameters'] / 1e6:.1f} million weights were trained for {about['steps']:,} steps, and all rain but that "
         "of seven pairs was drawn, none of it that of these sets",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("dgunet-derain", ("rain100l", "rain100h"), (), (NETWORK,))

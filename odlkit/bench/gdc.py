@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.images import centre
 from odlkit.metrics import psnr, ssim
 from odlkit.models.gdc_joint import SPEED, CascadeNet
@@ -84,13 +83,11 @@ def scenes() -> dict[str, list[tuple[Tensor, Blur]]]:
 
 def deblur(progress: bool = False) -> dict[str, Any]:
     """PSNR of the four schemes, greedy and joint, at five noise levels, beside Tables III and IV."""
-    from tqdm import tqdm
-
-    clock, sets, rows, trust = time.monotonic(), scenes(), [], tuned()
+    sets, rows, trust = scenes(), [], tuned()
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     joint = [s for s in SCHEMES if f"gdc-deblur-{s.lower()}" in weights.cards()]  # those that are installed
     runs = [("greedy", s) for s in SCHEMES] + [("joint", s) for s in joint]
-    for training, scheme in tqdm(runs, desc="gdc-deblur", disable=not progress):
+    for training, scheme in each(runs, "gdc-deblur", progress):
         if training == "greedy":
             net = greedy(scheme, trust)
         else:
@@ -124,7 +121,6 @@ def deblur(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper does not say how its blurred images were made; here the blur is circular, the kernels "
         "are Levin's in turn, BSD68 is cropped, and one network of 0.2 million weights, trained for minutes at all noise "
         "levels, serves every stage, where the paper's weights carry the index of the stage",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-deblur", ("bsd68", "levin09", "levin09_kernels", "train400"), (0,), (*names, *GREEDY))
 
 
@@ -134,14 +130,12 @@ def _mean(values: list[Tensor]) -> float:
 
 def interpolate(progress: bool = False) -> dict[str, Any]:
     """PSNR and SSIM on CBSD68 in colour, beside Table IX; biharmonic inpainting on crops, for it is slow."""
-    from tqdm import tqdm
-
-    clock, pictures = time.monotonic(), data.images("cbsd68", gray=False)
+    pictures = data.images("cbsd68", gray=False)
     whole: list[dict[str, Any]] = []
     crops: list[dict[str, Any]] = []
     for share in (0.2, 0.8):
         scores = []
-        for i, x in enumerate(tqdm(pictures, desc=f"{share:.0%} missing", disable=not progress)):
+        for i, x in enumerate(each(pictures, f"{share:.0%} missing", progress)):
             mask = missing_at_random(share, x.shape[-2], x.shape[-1], torch.Generator().manual_seed(i))
             restored = inpaint(x * mask, mask)[0].clamp(0, 1)
             scores.append([psnr(restored, x).item(), ssim(restored, x).item()])
@@ -150,7 +144,7 @@ def interpolate(progress: bool = False) -> dict[str, Any]:
         whole.append(row | {"psnr_minus_paper": round(mean[0] - TABLE_9[share]["psnr"], 2)})
     for kind in (0.2, 0.6, 0.8, "text"):
         results: dict[str, list[Tensor]] = {"gdc": [], "biharmonic": [], "fill": []}
-        for i, x in enumerate(tqdm(pictures[::4], desc=f"beside biharmonic: {kind}", disable=not progress)):
+        for i, x in enumerate(each(pictures[::4], f"beside biharmonic: {kind}", progress)):
             x, generator = x[..., 80:208, 80:208], torch.Generator().manual_seed(i)
             mask = text(128, 128, generator) if kind == "text" else missing_at_random(kind, 128, 128, generator)  # type: ignore[arg-type]
             for name, scores_ in results.items():
@@ -166,7 +160,6 @@ def interpolate(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper does not say whether its masks are shared by the channels, nor how PSNR treats the "
         "known pixels; here they are shared and count, without error; the network has 0.2 million weights, was trained for "
         "an hour on gray pictures of 180x180, and restores each channel by itself",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-inpaint", ("cbsd68",), range(68), ("gdc-inpaint",))
 
 
@@ -192,13 +185,10 @@ def texture_removed(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 def smoothing(progress: bool = False, fidelity: float = 0.85) -> dict[str, Any]:
     """Texture removed at equal edge fidelity: each model's strength by bisection until the edges keep that share."""
-    from tqdm import tqdm
-
-    clock = time.monotonic()
     paths = {path.stem: path for path in data.files("set14")}
     pictures = [data.image(paths[name])[..., 100:228, 80:240] for name in ("baboon", "barbara", "coastguard", "lenna")]
     rows = []
-    for model in tqdm(("gdc", "l0", "haar-l0"), disable=not progress):
+    for model in each(("gdc", "l0", "haar-l0"), "gdc-smooth", progress):
         found = []
         for y in pictures:
             low, high = 1e-5, 0.5
@@ -217,5 +207,4 @@ def smoothing(progress: bool = False, fidelity: float = 0.85) -> dict[str, Any]:
     return {
         "claim": f"four pictures of set14, 128x160: texture energy removed when edges keep {fidelity:.0%} of their gradient",
         "rows": rows,
-        "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-smooth", ("set14",), (), GREEDY)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data, weights
-from odlkit.bench import gdc, provenance
+from odlkit.bench import each, gdc, provenance
 from odlkit.metrics import psnr
 from odlkit.models.hodl_deblur import START, Deconvolution, plugged
 from odlkit.operators import Blur
@@ -140,19 +140,17 @@ def gray(method: Method, truth: Tensor, kernels: list[Tensor], sigma: float) -> 
 
 def run(progress: bool = False) -> dict[str, Any]:
     """PSNR on set3c by method and noise level: in colour for one kernel, in gray for all, by iteration and in seconds."""
-    from tqdm import tqdm
-
-    clock, kernels = time.monotonic(), data.levin_kernels()
+    kernels = data.levin_kernels()
     vivid, plain = (torch.cat(data.images("set3c", gray=flag)) for flag in (False, True))
     rows: list[dict[str, Any]] = []
     curves, numbers = {}, {}
     for sigma in NOISE:
         numbers[f"{sigma:g}"] = tuned(sigma)
         table = methods(sigma, numbers[f"{sigma:g}"])
-        for name, method in tqdm(table.items(), desc=f"{sigma:.0%} noise", disable=not progress):
+        for name, method in each(table.items(), f"{sigma:.0%} noise", progress):
             last = _depth(name)
             six = colour(method, vivid, kernels[KERNEL], sigma, last)
-            by, each = gray(method, plain, kernels, sigma)
+            by, spent = gray(method, plain, kernels, sigma)
             curve = by.mean((0, 2)).tolist()
             rows.append({
                 "method": name,
@@ -163,8 +161,8 @@ def run(progress: bool = False) -> dict[str, Any]:
                 "gray_all_kernels": round(curve[last], 2),
                 "best_over_iterations": round(max(curve), 2),
                 "arrives_after": arrived(curve),
-                "seconds_per_iteration": round(each, 3),
-                "seconds_to_arrive": round(each * arrived(curve), 2),
+                "seconds_per_iteration": round(spent, 3),
+                "seconds_to_arrive": round(spent * arrived(curve), 2),
             })  # fmt: skip
             curves[f"{name}, {sigma:g}"] = [round(value, 3) for value in curve]
     record = {
@@ -183,7 +181,6 @@ def run(progress: bool = False) -> dict[str, Any]:
         "lipschitz_bounds": {name: weights.card(file).get("lipschitz_bound") for name, file in NAMES.items()},
         "why_they_differ": "the paper's network has about fifty times as many weights, sees colour and learned from 8794 "
         "pictures; the paper names neither its kernel nor its boundary, presumably the second and circular, as in DPIR",
-        "seconds": round(time.monotonic() - clock),
     }
     sets = ("set3c", "levin09_kernels", "train400")
     return record | provenance("hodl-deblur", sets, (0,), ("hodl-denoiser", *NAMES.values()))

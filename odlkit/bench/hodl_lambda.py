@@ -7,7 +7,6 @@ training crops of train400, noise and mask.  The test crops are the centres of S
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.images import centre
 from odlkit.linear import Operator
 from odlkit.metrics import psnr
@@ -96,12 +95,9 @@ def searched(search: Callable, A: Operator, y: Tensor, x: Tensor, like: Learned)
 
 def run(progress: bool = False) -> dict[str, Any]:
     """PSNR on the test crops, training error and work: learned, by a grid of 20 and by golden section."""
-    from tqdm import tqdm
-
-    clock = time.monotonic()
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     cases = [(task, seed) for task in NOISE for seed in SEEDS]
-    for task, seed in tqdm(cases, desc="hodl-lambda", disable=not progress):
+    for task, seed in each(cases, "hodl-lambda", progress):
         train, test = pictures(seed)
         A, noise = operator(task, TRAIN, seed), NOISE[task]
         y, B = observe(A, train, noise, seed), operator(task, TEST, seed)
@@ -133,7 +129,6 @@ def run(progress: bool = False) -> dict[str, Any]:
         "worst_proved_slope_at_the_end_dB_a_factor_e": round(max(r["slope"] + r["slope_error"] for r in lasts), 4),
         "worst_proved_root_mean_square_distance": f"{max(r['distance'] for r in lasts) / (2 * TRAIN):.1e}",
         "least_gain_over_the_grid_on_the_training_crops_dB": round(min(gains), 4),
-        "seconds": round(time.monotonic() - clock),
     } | provenance("hodl-lambda", ("train400", "set5", "bsd68", "levin09_kernels"), SEEDS)
 
 

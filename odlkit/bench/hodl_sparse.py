@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from odlkit import data
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.metrics import psnr, ssim
 from odlkit.training import sparse_coding as sc
 
@@ -76,11 +75,9 @@ def one(name: str, problem: sc.Regularised, seed: int) -> dict[str, Any]:
 
 def regularised(progress: bool = False) -> dict[str, Any]:
     """NMSE, loss and contraction for both readings of the sizes, and aHODL on a small wide dictionary."""
-    from tqdm import tqdm
-
-    clock, rows, curves = time.monotonic(), [], {}
+    rows, curves = [], {}
     jobs = [(size, name) for size, (_, names) in SIZES.items() for name in names]
-    for size, name in tqdm(jobs, desc="hodl-sparse", disable=not progress):
+    for size, name in each(jobs, "hodl-sparse", progress):
         runs = [one(name, sc.Regularised.drawn(*SIZES[size][0], seed), seed) for seed in SEEDS]
         row: dict[str, Any] = {"dictionary": f"{size} {'x'.join(map(str, SIZES[size][0]))}", "method": name}
         for k in (DEPTH, 10 * DEPTH, LONG):
@@ -110,7 +107,6 @@ def regularised(progress: bool = False) -> dict[str, Any]:
         "training; here it is 400 steps",
         "curves": curves,
         "settings": BUDGET | {"K": DEPTH, "train": 10_000, "test": 300, "weight": 0.03, "alpha": sc.ALPHA},
-        "seconds": round(time.monotonic() - clock),
     } | provenance("hodl-sparse", (), SEEDS)
 
 
@@ -158,14 +154,12 @@ def restore(name: str, depth: int, seed: int) -> dict[str, Any]:
 
 def constrained(progress: bool = False) -> dict[str, Any]:
     """PSNR and SSIM on crops of Set14 beside Tables 3 and 4, with the loss and the contraction to 10 K."""
-    from tqdm import tqdm
-
-    clock, rows, curves = time.monotonic(), [], {}
+    rows, curves = [], {}
     names = ("alm", "admm", "unh-alm", "unh-admm", "ena-alm", "ena-admm", "hodl")
     jobs = [(name, depth) for depth in LAYERS for name in names] + [("hodl-free", 25), ("hodl-plain", 25)]
     start = [pictures(seed)[1:] for seed in SEEDS]
     inputs = [(psnr(y, x).mean().item(), ssim(y, x).mean().item()) for y, x in start]
-    for name, depth in tqdm(jobs, desc="hodl-constrained", disable=not progress):
+    for name, depth in each(jobs, "hodl-constrained", progress):
         runs = [restore(name, depth, seed) for seed in SEEDS]
         row: dict[str, Any] = {"method": name, "K": depth}
         for k, when in ((depth, "K"), (10 * depth, "10K")):
@@ -197,7 +191,6 @@ def constrained(progress: bool = False) -> dict[str, Any]:
         "Beyond K, ENA repeats its last layer",
         "curves": curves,
         "settings": UNSUPERVISED | {"weight": 1.0, "beta": sc.PENALTY, "room": sc.ROOM, "alpha": sc.ALPHA},
-        "seconds": round(time.monotonic() - clock),
     } | provenance("hodl-constrained", ("set14",), SEEDS)
 
 

@@ -6,18 +6,18 @@ are up to shift.  The weights of the classical energies come from `tune`, which 
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from odlkit import data
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.control import NeverAccept
 from odlkit.metrics import psnr, psnr_up_to_shift, ssim_up_to_shift
 from odlkit.operators import Blur, Gradient
@@ -70,7 +70,7 @@ def scores(models: Sequence[str], suite: str, progress: bool = False) -> dict[st
     """PSNR on set3c for each Levin kernel, circular, 1% noise: model -> ``(seeds, kernels, images)``, and ``blurred``."""
     truth, kernels = torch.cat(data.images("set3c")), data.levin_kernels()
     found: dict[str, list[Tensor]] = defaultdict(list)
-    for seed, kernel in cases(SEEDS, kernels, suite, progress):
+    for seed, kernel in each(list(product(SEEDS, kernels)), suite, progress):
         blur, y = observe(truth, kernel, seed)
         found["blurred"].append(psnr(y, truth))
         for name in models:
@@ -93,12 +93,11 @@ def rows_of(table: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 def set3c(progress: bool = False) -> dict[str, Any]:
     """Mean PSNR on set3c for each Levin kernel, circular, 1% noise; EPADNet, ADMM and HQS iteration by iteration."""
-    clock = time.monotonic()
     table = scores(MODELS, "set3c", progress)
     truth = torch.cat(data.images("set3c"))
     paths: dict[str, list[Tensor]] = defaultdict(list)
     accepted, whole = [], []
-    for seed, kernel in cases(SEEDS, data.levin_kernels(), "shared energy", progress):
+    for seed, kernel in each(list(product(SEEDS, data.levin_kernels())), "shared energy", progress):
         traces = on_shared_energy(*observe(truth, kernel, seed), truth)
         for name, trace in traces.items():
             paths[name].append(trace["psnr"])
@@ -120,7 +119,6 @@ def set3c(progress: bool = False) -> dict[str, Any]:
         },
         "acceptance_rate": round(torch.stack(accepted).mean().item(), 3),
         "accepted_at_full_length": round(torch.stack(whole).mean().item(), 3),
-        "seconds": round(time.monotonic() - clock),
     } | provenance("padnet-set3c", ("set3c", "levin09_kernels"), SEEDS, ("padnet-image",))
 
 
@@ -134,7 +132,7 @@ def captures(
     pairs = data.levin_pairs()
     found: dict[str, list[list[float]]] = {name: [] for name in ("blurred", *models)}
     reports = []
-    for pair, name in cases(pairs, models, suite, progress):
+    for pair, name in each(list(product(pairs, models)), suite, progress):
         if name == models[0]:
             found["blurred"].append([*_up_to_shift(pair.blurry, pair.sharp), 0.0])
         x, report = task.deblur(pair.blurry, pair.kernel, None, model=name)
@@ -158,7 +156,6 @@ def captures(
 
 def table_2(progress: bool = False) -> dict[str, Any]:
     """PSNR and SSIM up to shift on Levin's real captures: unknown boundary, noise level estimated from each picture."""
-    clock = time.monotonic()
     rows, reports = captures(("tv", "l08", "epadnet", "ipadnet"), PAPER, "padnet-table-2", progress)
     shares = [r["accepted"] / (r["accepted"] + r["rejected"]) for r in reports if r["accepted"] is not None]
     return {
@@ -166,7 +163,6 @@ def table_2(progress: bool = False) -> dict[str, Any]:
         "up to shift in quarter pixels",
         "rows": rows,
         "acceptance_rate": round(sum(shares) / len(shares), 3),
-        "seconds": round(time.monotonic() - clock),
         "why_they_differ": "the paper has 32 pairs and does not say how it set the noise level, the border and the weights; "
         "here 24 pairs, one network for every noise level, the level estimated, a border of 15 pixels left out",
     } | provenance("padnet-table-2", ("levin09",), (), ("padnet-image",))
@@ -179,7 +175,6 @@ def _up_to_shift(x: Tensor, truth: Tensor) -> list[float]:
 
 def tune(progress: bool = False) -> dict[str, Any]:
     """Choose the weight of each classical energy, as a multiple of sigma^2, on BSD68 crops with random kernels."""
-    clock = time.monotonic()
     truth = torch.cat([image[..., 32:224, 32:224] for image in data.images("bsd68")[2::12]])
     generator = torch.Generator().manual_seed(5)
     observed = [observe(truth, random_kernel(generator), seed) for seed in range(3)]
@@ -209,26 +204,15 @@ def tune(progress: bool = False) -> dict[str, Any]:
     rows = []
     for name, grid in grids.items():
         found = {}
-        for factor, solve in cases(list(grid), None, name, progress, grid):
+        for factor, solve in each(grid.items(), name, progress):
             found[factor] = sum(psnr(solve(blur, y), truth).mean().item() for blur, y in observed) / len(observed)
         best = max(found, key=lambda factor: found[factor])
         rows.append({"method": name, "psnr": {str(f): round(v, 3) for f, v in found.items()}, "best": best})
     return {
         "claim": "weights of the classical energies as multiples of sigma^2: mean PSNR in dB on six BSD68 crops",
         "rows": rows,
-        "seconds": round(time.monotonic() - clock),
     } | provenance("deblur-weights", ("bsd68",), (0, 1, 2))
 
 
 def _solve(step: Step, problem: Problem, x0: Tensor) -> Tensor:
     return propagate(step, problem, x0, steps=task.CLASSICAL_STEPS, tol=task.TOLERANCE, energy=False).x
-
-
-def cases(first, second, name: str, progress: bool, table: dict | None = None):
-    """Pairs of ``first x second`` (or ``(key, table[key])``) behind a progress bar."""
-    from itertools import product
-
-    from tqdm import tqdm
-
-    pairs = [(key, table[key]) for key in first] if table is not None else list(product(first, second))
-    return tqdm(pairs, desc=name, disable=not progress)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.metrics import luminance, psnr, ssim
 from odlkit.models.padnet import Schedule
 from odlkit.models.podm import PODM, Constants
@@ -140,7 +140,7 @@ def table_1(
     """
     from tqdm import tqdm
 
-    clock, rows, paths = time.monotonic(), [], {}
+    rows, paths = [], {}
     cells = list(product(names, kinds, task.SCALES))
     bar = tqdm(total=sum(len(truths(name, 2)[:first]) for name, _, _ in cells), desc=suite, disable=not progress)
     for name, kind, scale in cells:
@@ -186,7 +186,6 @@ def table_1(
         "gain_of_rpodm_over_fista": {key: round(value, 2) for key, value in gains.items()},
         "shared_energy": paths,
         "settings": _settings(),
-        "seconds": round(time.monotonic() - clock),
     } | provenance(suite, names, (), ("podm-denoiser", "rpodm-sr"))
 
 
@@ -233,7 +232,6 @@ def _settings() -> dict[str, Any]:
 
 def figure_2(progress: bool = False, name: str = "butterfly", scale: int = 3, steps: int = LONG) -> dict[str, Any]:
     """The four curves of Figure 2 on one image of Set5: relative change, error, SSIM, optimality error and its bound."""
-    clock = time.monotonic()
     paths = [path for path in data.files("set5") if name in path.stem.lower()]
     rows, curves = [], {}
     for kind in KINDS:
@@ -253,7 +251,6 @@ def figure_2(progress: bool = False, name: str = "butterfly", scale: int = 3, st
         "rows": rows,
         "curves": curves,
         "settings": _settings(),
-        "seconds": round(time.monotonic() - clock),
     } | provenance("podm-figure-2", ("set5",), (), ("podm-denoiser",))
 
 
@@ -281,11 +278,9 @@ def curve(run: Result) -> dict[str, list[float | None]]:
 
 def tune(progress: bool = False) -> dict[str, Any]:
     """lambda by FISTA's result, then mu and the length of the network's move by the acceptance, on held-out pictures."""
-    from tqdm import tqdm
-
-    clock, rows = time.monotonic(), []
+    rows = []
     truth = torch.cat([x[..., :CROP, :CROP] for x in data.images("train400")[-HELD_OUT::3]])
-    for kind, scale in tqdm(list(product(KINDS, task.SCALES)), desc="podm-sr-weights", disable=not progress):
+    for kind, scale in each(list(product(KINDS, task.SCALES)), "podm-sr-weights", progress):
         case = Case(truth, scale, kind)
         start = task.bicubic(case.operator, case.y)
         found = {}
@@ -302,7 +297,6 @@ def tune(progress: bool = False) -> dict[str, Any]:
     return {
         "claim": f"settings of the energy and of PODM, on {len(truth)} crops of held-out pictures",
         "rows": rows,
-        "seconds": round(time.monotonic() - clock),
     } | provenance("podm-sr-weights", ("train400",), (), ("podm-denoiser",))
 
 
