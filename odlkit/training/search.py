@@ -183,7 +183,7 @@ def compare(out: Path, resume: bool = False, steps: int = STEPS, seeds: int = SE
     save_weights(nets, out / "gdc-search.safetensors", card, torch.float16)
 
 
-def derain(out: Path, resume: bool = False, steps: int = 1500, width: int = 12) -> None:
+def derain(out: Path, resume: bool = False, steps: int = 1200, width: int = 12) -> None:
     """What is shipped: the second-order architecture, wider and trained longer on larger patches."""
     here = out / "gdc-search-order-2.json"
     found = json.loads(here.read_text()) if here.exists() else weights.card("gdc-search")["search"]["orders"]["2"]
