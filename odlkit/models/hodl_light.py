@@ -55,9 +55,10 @@ class Illumination(nn.Module):
         D_num(u) = u - 2 gamma (u - phi(y)),   D_net(u) = Proj_[max y, 1](s N(u / s; y))
 
     N (`Cells`) is 1-Lipschitz in u whatever it sees of y, projections are, D_num has ``|1 - 2 gamma|``: T is a contraction
-    with ``1 - alpha (1 - |1 - 2 gamma|)``, and Theorem 3.2's hypothesis holds: one fixed point from every start.
-    ``phi = (s / t) (m / s)^p``, m the smoothed channel maximum, s its upper quartile: p flattens the light, t is the exposure,
-    both learned; the channel maximum itself is p = t = 1.  u lives on means over ``block x block`` pixels.
+    with ``1 - alpha (1 - |1 - 2 gamma|)``, as Theorem 3.2 asks: one fixed point from every start.  (The theorem also asks
+    for smooth derivatives, which ReLU lacks, so what it says of hypergradients is not promised here.)
+    ``phi = (s / t) (m / s)^p``, m the smoothed channel maximum, s its upper quartile: p flattens the light, t is the
+    exposure, both learned; the channel maximum itself is p = t = 1.  u lives on means over ``block x block`` pixels.
     ``given`` is what T takes from y, ``map`` is T and its start.  Raises ``ValueError`` for a gamma outside (0, 1/2].
     Eq: HODL (3).  Source: HODL section 4.3, low-light enhancement.
     """

@@ -70,7 +70,7 @@ def illumination(net: Illumination, y: Tensor, steps: int | None = None, progres
     moves, size, rate = result.trace["change"], result.trace["norm"], net.rate()
     check = inequality("moves", moves[1:], rate * moves[:-1], ROUND_OFF * size[1:], size[1:]) if len(moves) > 1 else None
     words = {
-        "guarantee": "Banach's theorem, and the contraction that HODL's Theorem 3.2 asks for",
+        "guarantee": "Banach's theorem: T is a contraction, as HODL's Theorem 3.2 asks",
         "statement": "the iterates converge to the only fixed point from every start; what it looks like, no theorem says",
         "holds": (check is None or check.holds) and rate < 1,
         "margin": check.margin if check else 0.0,
