@@ -18,8 +18,8 @@ from torch.nn import functional as nnf
 from odlkit import weights
 from odlkit.metrics import psnr
 from odlkit.models.dgunet import DGUNet, Sensing
-from odlkit.training.loop import fit, patches, save_weights
-from odlkit.training.padnet import HELD_OUT, best_device, pictures
+from odlkit.training.loop import fit, patches, ship
+from odlkit.training.padnet import DATA, best_device, pictures
 
 SMALL: dict[str, Any] = {"width": 16, "step": 8, "tail": 8, "stages": 5, "scales": 3, "fused": 2}
 
@@ -92,15 +92,7 @@ def restorer(
 
     plan: dict[str, Any] = {"steps": steps, "lr": lr, "warmup": warmup, "final": final, "stop": stop}
     record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=validate)
-    card = {
-        "name": name,
-        "what": what,
-        "recipe": f"odlkit train {name}",
-        "data": data,
-        "network": {"kind": "dgunet", **net.config},
-        "schedule": {},
-    }
-    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    ship(net, out, name, record, what=what, data=data, network={"kind": "dgunet", **net.config})
 
 
 def sensing(
@@ -142,15 +134,7 @@ def sensing(
 
     record = fit(net, loss, steps=steps, lr=lr, out=out, name=name, resume=resume, validate=validate)
     what = f"DGUNet for compressive sensing at {ratio:.0%}, with its sampling matrix; {net.net.setting.stages} stages"
-    card = {
-        "name": name,
-        "what": what + told,
-        "recipe": f"odlkit train {name}",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-        "network": {"kind": "sensing", **net.config},
-        "schedule": {},
-    }
-    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    ship(net, out, name, record, what=what + told, data=DATA, network={"kind": "sensing", **net.config})
     return net
 
 

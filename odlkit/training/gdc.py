@@ -25,10 +25,10 @@ from odlkit.operators import Mask
 from odlkit.problem import Problem
 from odlkit.propagate import iterate
 from odlkit.tasks.inpaint import LEVEL, thin_plate
-from odlkit.training.loop import fit, log_error, patches, save_weights
+from odlkit.training.loop import fit, log_error, patches, ship
 from odlkit.training.masks import missing_at_random, random_mask
 from odlkit.training.padnet import (
-    HELD_OUT,
+    DATA,
     best_device,
     deblurring_loss,
     deblurring_score,
@@ -93,15 +93,9 @@ def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tu
     record = fit(net, loss, steps=steps, lr=1e-3, out=out, name="gdc-classifier", resume=resume,
                  validate=lambda: max(map(gain, trial)))  # fmt: skip
     best = max(trial, key=gain)
-    card = {
-        "name": "gdc-classifier",
-        "what": "GDC's discriminative network: tells noised from clean; the validation score is the gain of one step in dB",
-        "recipe": "odlkit train gdc-classifier",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-        "network": {"kind": "classifier", **net.config},
-        "schedule": {"first": LEVELS[1], "last": LEVELS[0], "step": best},
-    }
-    save_weights(net, out / "gdc-classifier.safetensors", card | record, torch.float16)
+    what = "GDC's discriminative network: tells noised from clean; the validation score is the gain of one step in dB"
+    ship(net, out, "gdc-classifier", record, what=what, data=DATA, network={"kind": "classifier", **net.config},
+         schedule={"first": LEVELS[1], "last": LEVELS[0], "step": best})  # fmt: skip
     return net, best
 
 
@@ -157,11 +151,10 @@ def interpolated(net: CascadeNet, x: Tensor, mask: Tensor) -> list[Tensor]:
     return [torch.where(mask > 0, x, u) for u in outputs]
 
 
-def _finish(net: CascadeNet, out: Path, name: str, record: dict, about: dict) -> None:
-    plan = {"first": net.config["first"], "last": net.config["last"], "depth": net.stages}
-    card = {"name": name, **about, "recipe": f"odlkit train {name}"}
-    card |= {"network": {"kind": "cascade", **net.config}, "schedule": plan}
-    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+def _finish(net: CascadeNet, out: Path, name: str, record: dict, what: str, data: str) -> None:
+    network = {"kind": "cascade", **net.config}
+    schedule = {"first": network["first"], "last": network["last"], "depth": net.stages}
+    ship(net, out, name, record, what=what, data=data, network=network, schedule=schedule)
 
 
 def deblur(out: Path, resume: bool = False, *, scheme: str, steps: int = 2600, width: int = 64, stages: int = 5) -> None:
@@ -171,10 +164,8 @@ def deblur(out: Path, resume: bool = False, *, scheme: str, steps: int = 2600, w
     loss = partial(deblurring_loss, restore, train, SIZE, noise=NOISE, mixed=False)
     score = partial(deblurring_score, restore, held, (0.01, 0.03, 0.1), 176)
     record = fit(net, loss, steps=steps, lr=5e-4, out=out, name=name, resume=resume, validate=score)
-    _finish(net, out, name, record, {
-        "what": f"GDC for deblurring, scheme {scheme} ({WHAT[scheme]}), {stages} stages trained jointly, networks shared",
-        "data": f"train400 without its last {HELD_OUT} images, the validation set (1, 3 and 10% noise); random blur kernels",
-    })  # fmt: skip
+    what = f"GDC for deblurring, scheme {scheme} ({WHAT[scheme]}), {stages} stages trained jointly, networks shared"
+    _finish(net, out, name, record, what, f"{DATA} (1, 3 and 10% noise); random blur kernels")
 
 
 deblur_gm, deblur_gd, deblur_gc, deblur_gdc = (partial(deblur, scheme=scheme) for scheme in ("GM", "GD", "GC", "GDC"))
@@ -200,7 +191,5 @@ def inpaint(out: Path, resume: bool = False, steps: int = 2500, width: int = 64,
         return sum(scores) / len(scores)
 
     record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="gdc-inpaint", resume=resume, validate=validate)
-    _finish(net, out, "gdc-inpaint", record, {
-        "what": f"GDC for interpolation, scheme GC, {stages} stages trained jointly, networks shared; G sees the mask",
-        "data": f"train400 without its last {HELD_OUT} images, the validation set; pixels missing at random, and text",
-    })  # fmt: skip
+    what = f"GDC for interpolation, scheme GC, {stages} stages trained jointly, networks shared; G sees the mask"
+    _finish(net, out, "gdc-inpaint", record, what, f"{DATA}; pixels missing at random, and text")

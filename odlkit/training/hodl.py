@@ -20,9 +20,9 @@ from torch.nn.utils import parametrize
 from odlkit.models.hodl_deblur import Deconvolution
 from odlkit.networks import ResidualNet, UNet
 from odlkit.networks.unet import as_identity, certified, lipschitz, normalized
-from odlkit.training.loop import fit, save_weights
+from odlkit.training.loop import fit, ship
 from odlkit.training.padnet import (
-    HELD_OUT,
+    DATA,
     best_device,
     deblurring_loss,
     deblurring_score,
@@ -106,13 +106,7 @@ def deblur_nonexpansive(out: Path, resume: bool = False, steps: int = 1200) -> N
 def finish(net: Deconvolution, out: Path, name: str, record: dict, about: str) -> None:
     """Write the weights and their card, which has `lipschitz` of the network as it is stored, in half precision."""
     stored = copy.deepcopy(net.unit).half().float()
-    card = {
-        "name": name,
-        "what": f"HODL's deconvolution, {net.depth} steps of one map trained hierarchically; {about}",
-        "recipe": f"odlkit train {name}",
-        "data": f"train400 without its last {HELD_OUT} images, the validation set (1 and 3% noise); random blur kernels",
-        "network": {"kind": "deconvolution", **net.config},
-        "schedule": {"depth": net.depth},
-        "lipschitz_bound": lipschitz(stored),
-    }
-    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    what = f"HODL's deconvolution, {net.depth} steps of one map trained hierarchically; {about}"
+    ship(net, out, name, record, what=what, data=f"{DATA} (1 and 3% noise); random blur kernels",
+         network={"kind": "deconvolution", **net.config}, schedule={"depth": net.depth},
+         lipschitz_bound=lipschitz(stored))  # fmt: skip

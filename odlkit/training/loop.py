@@ -155,3 +155,21 @@ def save_weights(model: nn.Module, path: Path, card: dict, dtype: torch.dtype | 
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def ship(
+    model: nn.Module,
+    out: Path,
+    name: str,
+    record: dict,
+    *,
+    what: str,
+    data: str,
+    network: dict,
+    schedule: dict | None = None,
+    dtype: torch.dtype | None = torch.float16,
+    **more: object,
+) -> None:
+    """`save_weights` of the recipe ``name``, with the card that they all have and ``fit``'s ``record``."""
+    about = {"name": name, "what": what, "recipe": f"odlkit train {name}", "data": data, "network": network}
+    save_weights(model, out / f"{name}.safetensors", about | {"schedule": schedule or {}} | more | record, dtype)

@@ -26,10 +26,11 @@ from odlkit.operators import Blur
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.training.kernels import random_kernel
-from odlkit.training.loop import fit, log_error, patches, save_weights
+from odlkit.training.loop import fit, log_error, patches, ship
 
 DEPTH, FIRST, BOUND = 8, 0.2, 3.0  # iterations trained through, alpha_0, and Condition 2's constant per pixel
 HELD_OUT = 12  # the last images of train400, for validation only
+DATA = f"train400 without its last {HELD_OUT} images, which are the validation set"
 
 
 def log_uniform(low: float, high: float, count: int, generator: torch.Generator) -> Tensor:
@@ -81,15 +82,9 @@ def train_denoiser(
 ) -> ResidualNet:
     """`fit_denoiser`, and its weights with a card that says ``what`` they are; ``kind`` is the card's kind of unit."""
     record = fit_denoiser(net, levels, out=out, name=name, **run)
-    card = {
-        "name": name,
-        "what": what,
-        "recipe": f"odlkit train {name}",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-        "network": {"kind": kind, "units": [net.units[0].config], "bound": None},
-        "schedule": {"first": levels[1], "last": levels[0]},
-    }
-    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    network = {"kind": kind, "units": [net.units[0].config], "bound": None}
+    schedule = {"first": levels[1], "last": levels[0]}
+    ship(net, out, name, record, what=what, data=DATA, network=network, schedule=schedule)
     return net
 
 
@@ -171,13 +166,9 @@ def joint(out: Path, resume: bool = False, steps: int = 5000, width: int = 64) -
     record = fit(
         net, partial(deblurring_loss, restore, train, 96), validate=partial(deblurring_score, restore, held),
         steps=steps, lr=5e-4, out=out, name="padnet-image", resume=resume)  # fmt: skip
-    card = {
-        "name": "padnet-image",
-        "what": "IPADNet's network N_alpha on the image domain: one unit of seven convolutions, batch normalization folded",
-        "recipe": "odlkit train padnet-image",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
-        "network": {"kind": "conv", "units": [unit.config for unit in net.units], "bound": BOUND},
-        "schedule": {"first": FIRST, "depth": DEPTH},  # the last alpha is the noise level
-    }
     assert math.isfinite(record["validation_psnr"])
-    save_weights(net, out / "padnet-image.safetensors", card | record)
+    what = "IPADNet's network N_alpha on the image domain: one unit of seven convolutions, batch normalization folded"
+    network = {"kind": "conv", "units": [unit.config for unit in net.units], "bound": BOUND}
+    schedule = {"first": FIRST, "depth": DEPTH}  # the last alpha is the noise level
+    ship(net, out, "padnet-image", record, what=what, data=f"{DATA}; random blur kernels", network=network,
+         schedule=schedule, dtype=None)  # fmt: skip

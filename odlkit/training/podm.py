@@ -22,9 +22,9 @@ from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.solvers import tikhonov
 from odlkit.tasks.sr import SMOOTH, bicubic_kernel
-from odlkit.training.loop import fit, log_error, patches, save_weights
+from odlkit.training.loop import fit, log_error, patches, ship
 from odlkit.training.padnet import (
-    HELD_OUT,
+    DATA,
     best_device,
     deblurring_loss,
     deblurring_score,
@@ -64,14 +64,10 @@ def unroll(net: RelaxedNet, operator: Operator, y: Tensor, x0: Tensor, sigma: Te
     return [state.x for state, _ in islice(iterate(Relaxed(net, sigma, scale), problem, x0), len(net))]
 
 
-def _finish(net: RelaxedNet, out: Path, record: dict, about: dict) -> None:
-    config = net.config
-    card = about | {
-        "recipe": f"odlkit train {about['name']}",
-        "network": {"kind": "relaxed", **config},
-        "schedule": {"first": config["first"], "last": config["last"], "depth": len(net)},
-    }
-    save_weights(net, out / f"{about['name']}.safetensors", card | record, torch.float16)
+def _finish(net: RelaxedNet, out: Path, name: str, record: dict, what: str, data: str) -> None:
+    network = {"kind": "relaxed", **net.config}
+    schedule = {"first": network["first"], "last": network["last"], "depth": len(net)}
+    ship(net, out, name, record, what=what, data=data, network=network, schedule=schedule)
 
 
 PHASES = (  # of deblurring: for `fit`; the stages, by their places before; whether the start is smooth; side of the crops
@@ -100,11 +96,8 @@ def deblur(out: Path, resume: bool = False, width: int = 64) -> None:
         loss, score = partial(deblurring_loss, restore, train, side), partial(deblurring_score, restore, held)
         record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=score, seed=number - 1)  # type: ignore[arg-type]
     record |= {"phases": [list(phase) for phase in PHASES]}
-    _finish(net, out, record, {
-        "name": "rpodm-deblur",
-        "what": f"relaxed PODM for deblurring: {len(net)} stages, {UNITS} networks of six ELU convolutions",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set; random blur kernels",
-    })  # fmt: skip
+    what = f"relaxed PODM for deblurring: {len(net)} stages, {UNITS} networks of six ELU convolutions"
+    _finish(net, out, "rpodm-deblur", record, what, f"{DATA}; random blur kernels")
 
 
 def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width: int = 64, stages: int = 5) -> None:
@@ -134,8 +127,5 @@ def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width:
             return sum(psnr(restore(x, s, True)[-1], x).item() for x in cut for s in (2, 3, 4)) / (3 * len(cut))
 
     record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="rpodm-sr", resume=resume, validate=validate)
-    _finish(net, out, record, {
-        "name": "rpodm-sr",
-        "what": f"relaxed PODM for super-resolution by 2, 3 and 4: {stages} stages, bicubic or plain decimation, no noise",
-        "data": f"train400 without its last {HELD_OUT} images, which are the validation set",
-    })  # fmt: skip
+    what = f"relaxed PODM for super-resolution by 2, 3 and 4: {stages} stages, bicubic or plain decimation, no noise"
+    _finish(net, out, "rpodm-sr", record, what, DATA)

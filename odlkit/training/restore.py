@@ -22,12 +22,11 @@ from odlkit.training.dgunet import restorer
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import patches
 from odlkit.training.masks import random_mask
-from odlkit.training.padnet import HELD_OUT, log_uniform, pictures
+from odlkit.training.padnet import DATA, log_uniform, pictures
 
 KERNEL, WIDE = 13, 19  # side of the unknown kernels, paths within 4 pixels, and of those that training begins with
 NOISE = (0.001, 0.01)  # beside unknown blur
 KNOWN_NOISE = (0.003, 0.03)  # beside known blur
-DATA = f"train400 without its last {HELD_OUT} images, which are the validation set; "
 
 
 def blurred(scene: Tensor, generator: torch.Generator, side: int = KERNEL) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,7 @@ def motion(out: Path, resume: bool = False, steps: int = 1500, slow: tuple[int, 
         restorer, out, name="dgunet-deblur", setting="deblur", channels=1,
         held=[blurred(x[..., :172, :172], torch.Generator().manual_seed(i)) for i, x in enumerate(held)],
         what="DGUNet for motion blur of an unknown kernel, gray or channel by channel; 5 stages, A learned",
-        data=DATA + f"random kernels within {KERNEL}x{KERNEL} pixels, 80% of them motion, and noise of 0.1 to 1%",
+        data=f"{DATA}; random kernels within {KERNEL}x{KERNEL} pixels, 80% of them motion, and noise of 0.1 to 1%",
     )  # fmt: skip
     run(resume, sample=partial(sample, side=WIDE), steps=slow[0], stop=slow[1])
     run(True, sample=partial(sample, side=KERNEL), steps=steps)
@@ -107,7 +106,7 @@ def known(out: Path, resume: bool = False, steps: int = 2200) -> None:
         out, resume, name="dgunet-known", sample=sample, held=known_pairs(held), setting="deblur", edges=0.0,
         channels=1, known=True, steps=steps,
         what="one DGUNet that is given A and deblurs, interpolates and super-resolves; gray or channel by channel; 5 stages",
-        data=DATA + "random kernels with noise of 0.3 to 3%, missing pixels and text, decimation by 2, 3 and 4",
+        data=f"{DATA}; random kernels with noise of 0.3 to 3%, missing pixels and text, decimation by 2, 3 and 4",
     )  # fmt: skip
 
 
