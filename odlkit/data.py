@@ -6,6 +6,7 @@ is part of the package.  Pictures are ``(1, C, H, W)`` float32 in [0, 1].
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -168,6 +169,34 @@ def sample(name: str = "camera", size: int | tuple[int, int] | None = None, gray
 def samples(size: int | tuple[int, int] | None = None, gray: bool = True) -> dict[str, Tensor]:
     """Every sample picture by name; the arguments are those of `sample`."""
     return {name: sample(name, size, gray) for name in SAMPLES}
+
+
+def labelled(name: str) -> list[tuple[Tensor, Tensor]]:
+    """Pictures ``(n, 1, H, W)`` float32 in [0, 1] with their classes ``(n,)``: a pair to train on and one to test with.
+
+    ``mnist`` and ``fashion_mnist`` (28 x 28, the files at hand), or ``digits`` (8 x 8), which are part of scikit-learn and
+    come as one pair of 1797.  Raises `DataNotFound` when a set is not here, and ``ImportError`` without scikit-learn.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        return [(torch.from_numpy(x).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(y).long())]
+    arrays = {path.name.split("-ubyte")[0]: idx(path) for path in files(name)}
+    pairs = []
+    for part in ("train", "t10k"):
+        x, y = (torch.from_numpy(array) for key, array in sorted(arrays.items()) if key.startswith(part))  # images, labels
+        pairs.append((x.float()[:, None] / 255, y.long()))
+    return pairs
+
+
+def idx(path: Path) -> np.ndarray:
+    """A gzipped idx file of bytes: two zeros, 8, the number of dimensions, each in four bytes, the data."""
+    content = gzip.decompress(path.read_bytes())
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"path: expected an idx file of bytes, got {path.name}, which begins with {content[:3].hex()}")
+    shape = np.frombuffer(content, ">u4", content[3], 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape).copy()
 
 
 def levin_kernels() -> list[Tensor]:
