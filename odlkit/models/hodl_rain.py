@@ -91,8 +91,9 @@ def reading(name: str, b: Tensor) -> tuple[Shifts, Shifts]:
 class Split:
     """The problem for data ``b`` ``(B, 3, H, W)`` and its augmented Lagrangian step, firmly non-expansive in l2.
 
-    ``kappa_b`` and ``kappa_r`` hold one weight for each shift of W_b and of W_r.  The Lagrangian is minimised over u and v
-    in turns, with ``gamma/2 ||u - u^k||^2`` added, u exactly by Fourier transform.  With ``s = v - lambda / beta``:
+    ``kappa_b`` and ``kappa_r`` hold one weight for each shift of W_b and of W_r, ``(N,)``, or one a pixel, ``(B, N, H, W)``.
+    The Lagrangian is minimised over u and v in turns, with ``gamma/2 ||u - u^k||^2`` added, u exactly by Fourier transform.
+    With ``s = v - lambda / beta``:
 
         u+ = argmin 1/2 ||u_b + u_r - b||^2 + beta/2 ||W u - s||^2 + gamma/2 ||u - u^k||^2
         v+ = prox_{kappa ||.||_1 / beta}(2 W u+ - s),    s+ = s + v+ - W u+
@@ -113,9 +114,11 @@ class Split:
 
     def __post_init__(self) -> None:
         self.gram_b, self.gram_r = self.W_b.gram(self.b), self.W_r.gram(self.b)
-        if len(self.kappa_b) != self.W_b.widening or len(self.kappa_r) != self.W_r.widening:
-            got = f"{len(self.kappa_b)} and {len(self.kappa_r)}"
+        self.kappa_b, self.kappa_r = (k.view(1, -1, 1, 1) if k.dim() == 1 else k for k in (self.kappa_b, self.kappa_r))
+        if self.kappa_b.shape[1] != self.W_b.widening or self.kappa_r.shape[1] != self.W_r.widening:
+            got = f"{self.kappa_b.shape[1]} and {self.kappa_r.shape[1]}"
             raise ValueError(f"kappa: expected {self.W_b.widening} and {self.W_r.widening} weights, got {got}")
+        self.kappa_b = self.kappa_b.repeat_interleave(self.b.shape[1], 1)
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u_b`` (3 channels), ``u_r`` (1), ``t_b`` and ``t_r``."""
@@ -145,9 +148,9 @@ class Split:
 
     def shrink(self, v_b: Tensor, v_r: Tensor) -> tuple[Tensor, Tensor]:
         """The prox of ``kappa ||.||_1 / beta``, the last channel of v_r kept >= 0."""
-        at_b = (self.kappa_b / self.beta).repeat_interleave(self.b.shape[1]).view(-1, 1, 1)
-        at_r = (self.kappa_r / self.beta).view(-1, 1, 1)
-        return soft(v_b, at_b), torch.cat([soft(v_r[:, :-1], at_r[:-1]), (v_r[:, -1:] - at_r[-1]).clamp_min(0)], 1)
+        at_b, at_r = self.kappa_b / self.beta, self.kappa_r / self.beta
+        streaks = (v_r[:, -1:] - at_r[:, -1:]).clamp_min(0)
+        return soft(v_b, at_b), torch.cat([soft(v_r[:, :-1], at_r[:, :-1]), streaks], 1)
 
     def step(self, z: Tensor, params: Any = None, k: int = 0) -> Tensor:
         """D_num."""
@@ -162,11 +165,12 @@ class Split:
         """The objective at ``(u_b, max(u_r, 0))`` with ``v = W u``, ``(B,)``."""
         u_b, u_r = self.parts(z)[:2]
         u_r = u_r.clamp_min(0)
-        kappa_b = self.kappa_b.repeat_interleave(self.b.shape[1]).view(-1, 1, 1)
-        sparse = sum_items(kappa_b * self.W_b.A(u_b).abs()) + sum_items(self.kappa_r.view(-1, 1, 1) * self.W_r.A(u_r).abs())
+        sparse = sum_items(self.kappa_b * self.W_b.A(u_b).abs()) + sum_items(self.kappa_r * self.W_r.A(u_r).abs())
         return sum_items((u_b + u_r - self.b).square()) / 2 + sparse
 
 
+KAPPA = ("kappa_b", "along", "sparse")
+RANGE = 3.0  # of the logarithm of a factor of kappa
 START = {"kappa_b": 0.01, "along": 0.015, "sparse": 0.008, "beta": 0.3, "gamma": 0.5}
 
 
@@ -202,7 +206,8 @@ class Streaks(nn.Module):
 
     at once, with convolutions A, B and P of `Prior`.  Each is non-expansive in u when its convolutions are, but both see
     u_r: together they may have the constant sqrt(2), hence ``c = 1 / sqrt(2)``.  With ``bounded=False`` the convolutions
-    are free and c = 1: no theorem.  ``P_1, P_2`` are free in any case.
+    are free and c = 1: no theorem.  ``P_1, P_2`` are free in any case, and so is the factor from 1/20 to 20 by which the
+    network of the data multiplies each kappa at each pixel: weights that depend on the data alone leave the split convex.
     With ``width=0`` D_net is the identity: the numbers of D_num are all that is learned (UNH).
     kappa, beta and gamma are learned as logarithms.  What is restored is u_b after ``depth`` steps.
     Eq: HODL (3).  Source: HODL section 6.2, a two-layer network for u_b, a three-layer one for u_r.
@@ -216,7 +221,7 @@ class Streaks(nn.Module):
                                        "start": self.start}  # fmt: skip
         self.depth, self.alpha, self.bounded, self.share = depth, alpha, bounded, 0.5**0.5 if bounded else 1.0
         sizes = [(1, width), (width, 3)], [(4, width), (width, width), (width, 1)]
-        self.prior = Prior(prior, 2 * width) if width else nn.Identity()
+        self.prior = Prior(prior, 2 * width + len(KAPPA)) if width else nn.Identity()
         self.scene, self.rain = (nn.ModuleList(conv(*pair, bias=False) for pair in pairs if width) for pairs in sizes)
         self.logs = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in START})
 
@@ -224,15 +229,15 @@ class Streaks(nn.Module):
         """kappa_b, along and sparse (kappa_r), beta or gamma."""
         return self.start[name] * (SPEED * self.logs[name]).exp()
 
-    def split(self, b: Tensor) -> Split:
-        """The problem for data ``b`` ``(B, 3, H, W)`` with the numbers learned."""
-        kappa_r = torch.stack([self.number("along"), self.number("sparse")])
-        kappa_b = self.number("kappa_b")[None]
-        return Split(b, *reading("directional", b), kappa_b, kappa_r, self.number("beta"), self.number("gamma"))
+    def split(self, b: Tensor, weigh: Tensor | None = None) -> Split:
+        """The problem for data ``b`` ``(B, 3, H, W)`` with the numbers learned; ``weigh`` is what the data say of kappa."""
+        kappa = torch.stack([self.number(name) for name in KAPPA]).view(1, -1, 1, 1)
+        if weigh is not None:
+            kappa = kappa * (RANGE * weigh.tanh()).exp()
+        return Split(b, *reading("directional", b), kappa[:, :1], kappa[:, 1:], self.number("beta"), self.number("gamma"))
 
-    def network(self, split: Split) -> Map:
-        """D_net on the state of ``split``, for its data."""
-        seen_b, seen_r = self.prior(split.b).chunk(2, 1)
+    def network(self, split: Split, seen_b: Tensor, seen_r: Tensor) -> Map:
+        """D_net on the state of ``split``, ``seen_b`` and ``seen_r`` being P_1 and P_2 of its data."""
 
         def step(z: Tensor, params: Any = None, k: int = 0) -> Tensor:
             u_b, u_r, *rest = split.parts(z)
@@ -244,9 +249,13 @@ class Streaks(nn.Module):
 
     def map(self, b: Tensor) -> tuple[Map, Split]:
         """T, and the problem, which has the start and takes the state apart."""
-        split = self.split(b)
-        D = compose(split.step, self.network(split)) if self.scene else split.step
-        return averaged(D, self.alpha), split
+        if not self.scene:
+            split = self.split(b)
+            return averaged(split.step, self.alpha), split
+        width = self.config["width"]
+        seen_b, seen_r, weigh = self.prior(b).split([width, width, len(KAPPA)], 1)
+        split = self.split(b, weigh)
+        return averaged(compose(split.step, self.network(split, seen_b, seen_r)), self.alpha), split
 
     def forward(self, y: Tensor, steps: int | None = None) -> list[Tensor]:
         """``u_b^1 ... u_b^K`` for pictures ``(B, 3, H, W)`` in [0, 1] of any size."""

@@ -20,8 +20,8 @@ from odlkit.training.loop import fit, log_error, save_weights
 from odlkit.training.padnet import best_device
 from odlkit.training.rain import COLOUR, HELD_OUT, rainy, scenes
 
-BATCH, SIDE, HEAVY = 8, 64, 0.1
-PRIOR = 40
+BATCH, SIDE, HEAVY = 4, 80, 0.1
+PRIOR = 32
 
 
 def held_out() -> list[tuple[Tensor, Tensor]]:
@@ -30,7 +30,7 @@ def held_out() -> list[tuple[Tensor, Tensor]]:
     return [rainy([x], 1, 192, seeds, heavy=0.0) for x in scenes()[1]]
 
 
-def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1500, **changes: Any) -> None:
+def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1200, **changes: Any) -> None:
     """Train `Streaks` on drawn rain, a tenth of it heavy, and write the weights and their card.
 
     ``changes`` go to `Streaks`.
@@ -68,5 +68,5 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
 
 
 bounded = partial(train, "hodl-rain", "networks normalized, so that T is non-expansive")
-free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", steps=1000, bounded=False)
+free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", bounded=False)
 numbers = partial(train, "hodl-rain-numbers", "no network, the numbers of the solver alone (UNH)", steps=200, width=0)
