@@ -38,8 +38,9 @@ class Commands(click.Group):
         except RuntimeError as error:
             from odlkit.linear import NotConverged  # imported late: --help need not wait for torch
             from odlkit.propagate import PropagationError
+            from odlkit.training.distributed import LostProcess
 
-            if not isinstance(error, (PropagationError, NotConverged)):
+            if not isinstance(error, (PropagationError, NotConverged, LostProcess)):
                 raise
             code = _fail(3, str(error))
         except (click.Abort, KeyboardInterrupt):
@@ -256,11 +257,18 @@ def _certificate_line(entry: dict) -> str:
 @click.argument("recipe")
 @click.option("--out", default="runs", show_default=True, help="Folder for checkpoints, weights and card.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in that folder.")
-def train(recipe, out, resume) -> None:
-    """Train the network RECIPE, named as in `odlkit models`; needs its data in the folder that ODLKIT_DATA names."""
-    from odlkit import training
+@click.option("--timeout", default=300.0, show_default=True, help="Under torchrun: seconds to wait for another process.")
+def train(recipe, out, resume, timeout) -> None:
+    """Train the network RECIPE, named as in `odlkit models`; needs its data in the folder that ODLKIT_DATA names.
 
-    training.recipe(recipe)(Path(out), resume)
+    With `torchrun --nproc-per-node N -m odlkit train RECIPE`, N processes train it on N times the batch.
+    """
+    from odlkit import training
+    from odlkit.training import distributed
+
+    make = training.recipe(recipe)
+    with distributed.joined(timeout):
+        make(Path(out), resume)
 
 
 @main.command()

@@ -6,6 +6,7 @@ an ``AssertionError``, when one does not.  Passing says that no draw refuted a p
 """
 
 from odlkit.check.base import NotYet as NotYet
+from odlkit.check.beyond import *  # noqa: F403
 from odlkit.check.dgunet import *  # noqa: F403
 from odlkit.check.fewshot import *  # noqa: F403
 from odlkit.check.foundations import *  # noqa: F403

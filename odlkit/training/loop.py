@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from odlkit.images import atomic
+from odlkit.training import distributed
+
+STRIDE = 1_000_003  # between the seeds of a run's streams
 
 
 def patches(images: Sequence[Tensor], batch: int, size: int, generator: torch.Generator) -> Tensor:
@@ -36,6 +39,16 @@ def log_error(outputs: Sequence[Tensor], x: Tensor) -> Tensor:
     errors = [torch.log10((v.to(x) - x).square().mean((1, 2, 3)) + 1e-6).mean() for v in outputs]
     before = errors[len(errors) // 2 : -1]
     return errors[-1] + 0.1 * torch.stack(before).mean() if before else errors[-1]
+
+
+def backward(model: nn.Module, loss: Callable[[torch.Generator], Tensor], streams: Sequence[torch.Generator]) -> Tensor:
+    """Put the gradient of the mean loss, over these streams and over the processes, into ``.grad``; returns that mean."""
+    values = []
+    for stream in streams:
+        value = loss(stream)
+        values.append(value.detach())
+        (value / len(streams)).backward()
+    return distributed.average_gradients(model, torch.stack(values).mean())
 
 
 def fit(
@@ -61,33 +74,43 @@ def fit(
     rename, so that an interrupted run is resumed exactly with ``resume=True``.  ``stop`` ends the run early, at that step of
     the schedule: a phase that another one goes on from.  Returns a record of the run for the
     weights' card.  Raises ``FloatingPointError`` when the loss stops being finite.
+
+    Several processes (`odlkit.training.distributed`) draw from a stream of random numbers each and average their gradients:
+    their batch is so many times larger.  Fewer processes that resume such a run go through its streams in turn, to the same
+    end; their number must divide that of the streams.
     """
     from tqdm import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / f"{name}.pt"
-    generator = torch.Generator().manual_seed(seed)
+    rank, count = distributed.place()
+    streams = [torch.Generator().manual_seed(seed + STRIDE * i) for i in range(count)]
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
     start, spent, history = 0, 0.0, []
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        generator.set_state(state["generator"])
+        kept = state["generator"] if isinstance(state["generator"], list) else [state["generator"]]
+        if len(kept) % count:
+            raise ValueError(f"resume: expected a number of processes that divides {len(kept)}, this run's, got {count}")
+        streams = [torch.Generator() for _ in kept]
+        for stream, numbers in zip(streams, kept, strict=True):
+            stream.set_state(numbers)
         start, spent, history = state["step"], state["seconds"], state["history"]
+    distributed.same(model)
     clock = time.monotonic()
     last = stop or steps
-    bar = tqdm(range(start, last), initial=start, total=last, desc=name, mininterval=5)
+    bar = tqdm(range(start, last), initial=start, total=last, desc=name, mininterval=5, disable=rank > 0)
     smooth = math.nan
     for step in bar:
         rate = min(1.0, (step + 1) / warmup) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimiser.param_groups:
             group["lr"] = lr * rate
         optimiser.zero_grad(set_to_none=True)
-        value = loss(generator)
+        value = backward(model, loss, streams[rank::count])
         if not torch.isfinite(value):
             raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}; lower the learning rate")
-        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimiser.step()
         smooth = value.item() if math.isnan(smooth) else 0.99 * smooth + 0.01 * value.item()
@@ -95,17 +118,21 @@ def fit(
         if (step + 1) % save_every == 0 or step + 1 == last:
             score = validate() if validate else math.nan
             history.append([step + 1, round(smooth, 5), round(score, 3)])
+            numbers = distributed.gather([stream.get_state() for stream in streams[rank::count]])
+            if rank > 0:
+                continue
             tqdm.write(f"{name} step {step + 1}: loss {smooth:.5f}, validation {score:.3f} dB")
             state = {
                 "model": model.state_dict(),
                 "optimiser": optimiser.state_dict(),
-                "generator": generator.get_state(),
+                "generator": [numbers[i % count][i // count] for i in range(len(streams))],
                 "step": step + 1,
                 "seconds": spent + time.monotonic() - clock,
                 "history": history,
             }
             with atomic(checkpoint) as handle:
                 torch.save(state, handle)
+    distributed.gather([])  # nobody reads a checkpoint that is still being written
     return {
         "steps": steps,
         "seed": seed,
@@ -117,7 +144,7 @@ def fit(
         "commit": commit(),
         "history": history[-20:],
         "validation_psnr": history[-1][2] if history else None,
-    }
+    } | ({"streams": len(streams)} if len(streams) > 1 else {})
 
 
 def hardware() -> str:
@@ -141,10 +168,13 @@ def commit() -> str:
 def save_weights(model: nn.Module, path: Path, card: dict, dtype: torch.dtype | None = None) -> None:
     """Write ``path`` (.safetensors) and beside it the JSON card, which gets the file's SHA-256 and parameter count.
 
-    ``dtype`` is that of the file (default: the model's own); half precision halves what is shipped.
+    ``dtype`` is that of the file (default: the model's own); half precision halves what is shipped.  Of several processes
+    the first one writes.
     """
     from safetensors.torch import save_file
 
+    if distributed.place()[0] > 0:
+        return
     tensors = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(path))
