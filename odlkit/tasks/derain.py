@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from odlkit.linear import Operator
+from odlkit.models.hodl_rain import MARGIN, REACH, Shifts, slopes
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem, sum_items
 from odlkit.propagate import propagate
 from odlkit.solvers import ADMM
+from odlkit.tasks.derain_hodl import hodl
 from odlkit.tasks.dgunet import blind
 from odlkit.tasks.report import Model, Outcome, check_image, check_model, report
 from odlkit.tasks.tiles import in_parts
@@ -25,8 +26,6 @@ from odlkit.tasks.tiles import in_parts
 NETWORK = "dgunet-derain"
 # Chosen on scenes under drawn rain that no training saw (`odlkit.training.rain.scenes`), not on Rain100L.
 TRUST, ALONG, SPARSE, PENALTY, STEPS = 0.01, 0.5, 0.2, 10.0, 40
-REACH = 4  # rows between the two pixels of a difference along the streaks
-SLOPES = range(-3, 4)  # the columns between them that are tried: up to 37 degrees from the vertical
 
 
 def derain(
@@ -53,7 +52,10 @@ def _dgunet(y: Tensor, steps: int | None, progress: bool) -> Outcome:
 
 
 class Directional:
-    """``||D_x x||_1 + along ||D_s (x - y)||_1 + sparse ||x - y||_1`` of ``W x = (D_x x, D_s x, x)``, ``centre = W y``."""
+    """``||D_x x||_1 + along ||D_s (x - y)||_1 + sparse ||x - y||_1`` of ``W x = (D_x x, D_s x, x)``, ``centre = W y``.
+
+    Differences across the streaks and along them, over `REACH` rows and the columns of their slope.
+    """
 
     convex = True
 
@@ -69,47 +71,16 @@ class Directional:
         return self.centre + t.sign() * (t.abs() - step * self.weight).clamp_min(0)
 
 
-class Differences(Operator):
-    """``W x = (D_x x, D_s x, x)``, ``(B, 1, H, W) -> (B, 3, H, W)``: circular differences across streaks and along them.
-
-    ``D_s`` is over `REACH` rows and ``slope`` columns.
-    """
-
-    convolution, widening = True, 3
-
-    def __init__(self, slope: int):
-        self.along = (REACH, slope)
-
-    def A(self, x: Tensor) -> Tensor:
-        return torch.cat([x.roll(-1, -1) - x, x.roll((-self.along[0], -self.along[1]), (-2, -1)) - x, x], 1)
-
-    def A_adjoint(self, y: Tensor) -> Tensor:
-        across, along, same = y.split(1, 1)
-        return across.roll(1, -1) - across + along.roll(self.along, (-2, -1)) - along + same
-
-    def gram(self, x: Tensor) -> Tensor:
-        impulse = torch.zeros_like(x[:1, :1])
-        impulse[..., 0, 0] = 1
-        return torch.fft.rfft2(self.A_adjoint(self.A(impulse))).real
-
-
-def direction(y: Tensor) -> int:
-    """The one of `SLOPES` along which the bright detail of ``y`` ``(1, 1, H, W)`` changes least."""
-    detail = (y - nnf.avg_pool2d(y, 15, 1, 7, count_include_pad=False)).clamp_min(0)
-    return min(SLOPES, key=lambda slope: Differences(slope).A(detail)[:, 1].abs().sum().item())
-
-
 def _directional(y: Tensor, steps: int | None, progress: bool) -> Outcome:
     """The mean of the channels is split, by ADMM; every channel loses the same streaks."""
-    margin = 2 * REACH
-    gray = nnf.pad(y.mean(1, keepdim=True), 4 * [margin], mode="replicate")
+    gray = nnf.pad(y.mean(1, keepdim=True), 4 * [MARGIN], mode="replicate")
     streaks, outcomes = [], []
     for item in gray.split(1):
-        operator = Differences(direction(item))
+        operator = Shifts((0, 1), (REACH, slopes(item)[0]), (0, 0))
         problem = Problem(LeastSquares(Identity(), item, TRUST), Directional(operator.A(item), ALONG, SPARSE), operator)
         result = propagate(ADMM(PENALTY), problem, item, steps=steps or STEPS, progress=progress)
         outcomes.append(result)
-        streaks.append((item - result.x).clamp_min(0)[..., margin:-margin, margin:-margin])
+        streaks.append((item - result.x).clamp_min(0)[..., MARGIN:-MARGIN, MARGIN:-MARGIN])
     words = {
         "guarantee": "ADMM on a convex energy, any penalty (known theory)",
         "statement": "converges to a minimiser; how near this run came is not checked, nor whether what it takes is rain",
@@ -121,5 +92,6 @@ def _directional(y: Tensor, steps: int | None, progress: bool) -> Outcome:
 
 MODELS = {  # each run as run(y, steps, progress)
     "dgunet": Model(_dgunet, "DGUNet, which learned what undoes rain; nothing is checked"),
+    "hodl": Model(hodl, "HODL: that split by an augmented Lagrangian, after networks that do not expand"),
     "directional": Model(_directional, "a convex split of scene and streaks by their direction, by ADMM"),
 }
