@@ -182,7 +182,7 @@ def test_differences_stop_at_the_border_and_have_an_adjoint():
 def test_derivatives_are_exact_for_cubics():
     x = torch.arange(9, dtype=torch.float64)
     across, down = derivatives((x**3 + 0 * x[:, None])[None, None])[0, :, 0]
-    assert torch.allclose(across[:, 2:-2], 3 * x[2:-2] ** 2 + 0 * x[:, None]) and down.abs().max() == 0
+    assert torch.allclose(across[:, 2:-2], 3 * x[2:-2] ** 2 + 0 * x[:, None]) and down.abs().max() < 1e-10
 
 
 def test_a_median_removes_a_lonely_pixel_and_keeps_a_jump():
@@ -195,10 +195,10 @@ def test_a_median_removes_a_lonely_pixel_and_keeps_a_jump():
 
 def test_many_sweeps_reach_the_minimum_of_the_warp():
     """The primal-dual gap closes: the proposal minimises f + TV, whatever Algorithm 1 then makes of it."""
-    f, tv = term(), TV(0.3, gradient=EdgeGradient(torch.ones(1, 1, 5, 6, dtype=torch.float64)))
+    f, tv = term(), TV(0.3, 1e-7, gradient=EdgeGradient(torch.ones(1, 1, 5, 6, dtype=torch.float64)))
     problem = Problem(f, tv)
-    u = PrimalDual(4000, 0.3)(problem, torch.zeros(1, 2, 5, 6, dtype=torch.float64), 0)
-    assert problem.residual(u).item() < 1e-3
+    u = PrimalDual(400, 0.3)(problem, torch.zeros(1, 2, 5, 6, dtype=torch.float64), 0)
+    assert problem.residual(u).item() < 1e-6
     rest = f.grad(u) + 0.3 * tv.gradient.A_adjoint(tv.dual)  # 0 in f'(u) + lam D^T q, q in the ball, <D u, q> = |D u|
     assert rest.abs().max() < 1e-6 and tv._gap(u, tv.dual, torch.tensor(0.3).double()).abs().item() < 1e-6
 
@@ -217,17 +217,24 @@ def test_every_warp_descends_as_proposition_1_says(level, start):
     assert run.trace["energy"].item() < run.trace.start["energy"].item()
 
 
-def test_without_the_control_a_long_dual_step_raises_the_energy(level):
-    """Eq: GDC Algorithm 1."""
+def test_without_the_control_a_long_step_raises_the_energy(level):
+    """Three gradient steps of 30 / L in one proposal: the control refuses what would be taken.  Eq: GDC Algorithm 1."""
+
+    def long(problem, u, stage):
+        for _ in range(3):
+            u = u - problem.fidelity.grad(u) * (30 / problem.lipschitz)
+        return u
+
     start = torch.zeros(1, 2, 60, 75)
-    wild, tamed = (correct(level, start, checked, push=60.0) for checked in (False, True))
+    wild, tamed = (correct(level, start, checked, long) for checked in (False, True))
     assert not proposition_1(wild)["holds"] and wild.trace["energy"].item() > wild.trace.start["energy"].item()
     assert proposition_1(tamed)["holds"] and tamed.trace["accepted"].item() == 0
+    assert tamed.trace["energy"].item() < tamed.trace.start["energy"].item()
 
 
 def test_errata_the_energy_is_not_convex_and_its_linearisation_is(level):
     """On a segment between two flows the energy rises above its chord; the linearised one does not."""
-    a, b = torch.zeros(1, 2, 60, 75), SHIFT.expand(1, 2, 60, 75) * 6
+    a, b = torch.zeros(1, 2, 60, 75), SHIFT.expand(1, 2, 60, 75)
     exact = Level(level.first, level.second, TV(0.0), Settings(data="l2"))
     linear = exact.linearise(a)
     above = {"energy": [], "linearised": []}
@@ -336,7 +343,7 @@ def test_scenes_are_what_their_flow_says():
     first, second, u = training.scenes(sources, 2, 96, seeded(1), reach=5.0)
     assert first.shape == second.shape == (2, 3, 96, 96) and u.shape == (2, 2, 96, 96)
     right, wrong = ((warp(second, v) - first).abs().mean(1).flatten(1).median(1).values for v in (u, 0 * u))
-    assert bool((right < 0.04).all()) and bool((right < 0.6 * wrong).all())
+    assert bool((right < 0.04).all()) and bool((right < 0.75 * wrong).all())
 
 
 def test_the_backward_motion_is_inverted():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from odlkit.flow import inside, resized, warp
-from odlkit.models.gdc import FullyDefined
+from odlkit.models.gdc import FullyDefined, Module
 from odlkit.operators import Operator
 from odlkit.priors import TV
 from odlkit.problem import Problem, sum_items
@@ -88,9 +88,9 @@ class EdgeGradient(Operator):
 
     def A(self, x: Tensor) -> Tensor:
         out = torch.zeros_like(x).repeat(1, 2, 1, 1)
-        parts = out.chunk(2, 1)
-        torch.mul(x[..., 1:] - x[..., :-1], self.across.to(x), out=parts[0][..., :-1])
-        torch.mul(x[..., 1:, :] - x[..., :-1, :], self.down.to(x), out=parts[1][..., :-1, :])
+        half = x.shape[1]
+        out[:, :half, :, :-1] = self.across.to(x) * (x[..., 1:] - x[..., :-1])
+        out[:, half:, :-1] = self.down.to(x) * (x[..., 1:, :] - x[..., :-1, :])
         return out
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class Settings:
     features: float = 0.0
     tv: float = 0.02
     eps: float = 0.01
-    edges: float = 10.0
-    warps: int = 5
+    edges: float = 20.0
+    warps: int = 10
     sweeps: int = 30
     rate: float = 1.0
     median: int = 5
@@ -170,20 +170,19 @@ class Level:
 class PrimalDual:
     """``T_C`` in ``sweeps`` steps of Chambolle and Pock on f + TV from u: the corrective module's proposal.
 
-    ``rate`` is the primal step, the dual one ``push / (8 rate)``; with a ``push`` above 1 nothing is known.  It starts from
-    the dual that the TV prior keeps, and leaves its own there, for the next warp and for the prox of step 11.
+    ``rate`` is the primal step, ``1 / (8 rate)`` the dual one.  It starts from the dual that the TV prior keeps, and leaves
+    its own there, for the next warp and for the prox of step 11.
     """
 
     sweeps: int
     rate: float
-    push: float = 1.0
 
     def __call__(self, problem: Problem, u: Tensor, stage: int) -> Tensor:
         tv: Any = problem.prior
         q = tv.gradient.A(u).zero_() if tv.dual is None else tv.weight * tv.dual
         ahead = u
         for _ in range(self.sweeps):
-            q = q + tv.gradient.A(ahead) * (self.push / (8 * self.rate))
+            q = q + tv.gradient.A(ahead) / (8 * self.rate)
             q = q * (tv.weight / lengths(q).clamp_min(tv.weight)).repeat(1, 2, 1, 1)
             new = problem.fidelity.prox(u - self.rate * tv.gradient.A_adjoint(q), self.rate)
             u, ahead = new, 2 * new - u
@@ -220,6 +219,7 @@ class Estimate:
     runs: list[list[Result]]
 
 
+@torch.no_grad()
 def estimate(
     first: Tensor,
     second: Tensor,
@@ -271,9 +271,10 @@ def estimate(
     return found
 
 
-def correct(level: Level, flow: Tensor, checked: bool = True, push: float = 1.0) -> Result:
-    """One warp: a stage of Algorithm 1 on the energy linearised at ``flow``, with `PrimalDual` as its module."""
+def correct(level: Level, flow: Tensor, checked: bool = True, module: Module | None = None) -> Result:
+    """One warp: a stage of Algorithm 1 on the energy linearised at ``flow``, its module `PrimalDual` unless given."""
     problem, how = level.linearise(flow), level.how
     control = None if checked else lambda problem, candidate: torch.ones(len(flow), dtype=torch.bool, device=flow.device)
-    step = FullyDefined([PrimalDual(how.sweeps, how.rate, push)], how.gamma * problem.lipschitz, control=control)
+    step = FullyDefined([module or PrimalDual(how.sweeps, how.rate)], how.gamma * problem.lipschitz, control=control)
+    step.check(problem)
     return propagate(step, problem, flow, steps=1)

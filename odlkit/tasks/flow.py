@@ -41,8 +41,7 @@ def optical_flow(y: Tensor, model: str = "gdc", *, second: Tensor, progress: boo
     check_finite(y)
     if not bool(torch.isfinite(second).all()):
         raise ValueError("second: expected finite numbers, got NaN or infinity")
-    with torch.no_grad():
-        found = MODELS[model].run(y.expand(-1, 3, -1, -1), second.to(y).expand(-1, 3, -1, -1), progress)
+    found = MODELS[model].run(y.expand(-1, 3, -1, -1), second.to(y).expand(-1, 3, -1, -1), progress)
     length = norm_items(found.flow.movedim(1, -1).flatten(0, -2)).view(len(y), -1)
     ends = {"mean": length.mean(1).tolist(), "largest": length.amax(1).tolist()}
     return found.flow, report("flow", model, clock, outcomes(found), y, found.flow, **told(found), flow=ends)
