@@ -73,6 +73,7 @@ def tiny(seed):
 
 
 def test_the_second_order_gradient_is_that_of_the_unrolled_step():
+    """Eq: GDC (12)."""
     net, (train, val) = tiny(0)
     xi, (names, values) = 0.05, zip(*net.named_parameters(), strict=True)
     alphas = [k for k, name in enumerate(names) if name.endswith("alpha")]
