@@ -4,6 +4,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from odlkit import data
+from odlkit.metrics import psnr
 from odlkit.models.hodl_rain import (
     MARGIN,
     SLOPES,
@@ -24,7 +26,7 @@ from odlkit.networks.normalize import conv_norm_bound, local_norm
 from odlkit.operators import Gradient, Identity
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import propagate
-from odlkit.training.rain import smear
+from odlkit.training.rain import smear, streaks
 
 READINGS = ("printed", "exchanged", "directional")
 
@@ -98,7 +100,7 @@ def test_the_step_is_that_of_the_augmented_lagrangian_with_its_multiplier(name):
     assert all(slope.abs().max() < 1e-10 for slope in torch.autograd.grad(lagrangian, (x, r)))
 
     lam_b, lam_r = lam_b + one.beta * (Wb - v_b), lam_r + one.beta * (Wr - v_r)
-    at_b, at_r = one.kappa_b.repeat_interleave(3).view(-1, 1, 1), one.kappa_r.view(-1, 1, 1)
+    at_b, at_r = one.kappa_b, one.kappa_r
     q_b, q_r = Wb + lam_b / one.beta, Wr + lam_r / one.beta
     v_b = q_b.sign() * (q_b.abs() - at_b / one.beta).clamp_min(0)
     v_r = q_r.sign() * (q_r.abs() - at_r / one.beta).clamp_min(0)
@@ -118,7 +120,7 @@ def test_the_fixed_point_is_the_minimiser(name):
     W_b, W_r = (torch.stack([W.A(e.view(1, 1, 5, 4)).flatten() for e in torch.eye(20).double()], 1).numpy()
                 for W in (one.W_b, one.W_r))  # fmt: skip
     n, m_b, m_r = 20, len(W_b), len(W_r)
-    cost = torch.cat([one.kappa_b.repeat_interleave(n), one.kappa_r.repeat_interleave(n)]).numpy()
+    cost = torch.cat([one.kappa_b.flatten(), one.kappa_r.flatten()]).repeat_interleave(n).numpy()
     data = b.flatten().numpy()
 
     def value(q):
@@ -150,6 +152,7 @@ def test_the_fixed_point_is_the_minimiser(name):
 def test_the_step_is_firmly_non_expansive_for_every_penalty(beta, gamma):
     """``||D z - D w||^2 <= <D z - D w, z - w>`` in l2.  Control: other weights of u against s are another metric."""
     one = split(rand(2, 3, 8, 9), beta=beta, gamma=gamma)
+    one.kappa_b, one.kappa_r = one.kappa_b * rand(2, 1, 8, 9, seed=6), one.kappa_r * rand(2, 1, 8, 9, seed=7)  # by pixel
     for seed in range(5):
         z, w = (one.start() + s * torch.randn(one.start().shape, generator=seeded(10 * seed + s)).double() for s in (1, 2))
         d, e = one.step(z) - one.step(w), z - w
@@ -177,21 +180,15 @@ def test_two_networks_that_share_an_input_have_the_constant_root_two_until_they_
     with torch.no_grad():
         for layer, _ in iterated(net):
             layer.weight.zero_()
-        for layer, into, out in (
-            (net.scene[0], 0, 0),
-            (net.scene[1], 0, 0),
-            (net.rain[0], 3, 0),
-            *((l, 0, 0) for l in net.rain[1:]),
-        ):
-            layer.weight[out, into, 1, 1] = 1
-        for bias in (net.prior.tail.bias,):
-            bias.fill_(10.0)  # everything active
+        for layer, into in ((net.scene[0], 0), (net.scene[1], 0), (net.rain[0], 3), (net.rain[1], 0), (net.rain[2], 0)):
+            layer.weight[0, into, 1, 1] = 1
     one = net.split(rand(1, 3, 12, 12))
+    seen = torch.full((1, 4, 12, 12), 10.0).double()  # everything active
     z, move = one.start(), torch.zeros_like(one.start())
     move[:, 3] = 1e-3 * rand(12, 12)
     for share, expected in ((0.5**0.5, 1.0), (1.0, 2**0.5)):
         net.share = share
-        D_net = net.network(one)
+        D_net = net.network(one, seen, seen)
         moved = (D_net(z + move) - D_net(z)).norm() / move.norm()
         assert abs(moved.item() - expected) < 1e-9 and moved <= lipschitz(net) * (1 + 1e-9)
 
@@ -201,7 +198,8 @@ def test_the_bound_holds_and_the_iteration_settles_where_it_holds():
     net, y = network(), rand(1, 3, 14, 17)
     assert lipschitz(net) <= 1 and all(conv_norm_bound(layer.weight) <= 1 for layer, _ in iterated(net))
     T, one = net.map(padded(y))
-    D_net = net.network(one)
+    seen_b, seen_r, _ = net.prior(padded(y)).split([4, 4, 3], 1)
+    D_net = net.network(one, seen_b, seen_r)
     assert local_norm(lambda z: D_net(z), one.start()) <= lipschitz(net) + 1e-9
     run = propagate(Iteration(T, one), Problem(LeastSquares(Identity(), one.b)), one.start(), steps=60)
     moves = run.trace["change"]
@@ -272,3 +270,23 @@ def test_without_a_network_it_is_the_solver():
         z = one.step(one.start() if z is None else z)
     assert torch.equal(net(y)[-1], cropped(one.parts(z)[0], y))
     assert sum(p.numel() for p in net.parameters()) == 5 and lipschitz(net) == 1
+
+
+@pytest.mark.parametrize("kappa_r", [0.01, 0.1])
+@pytest.mark.parametrize("kappa_b", [0.003, 0.01])
+def test_errata_the_priors_as_printed_make_the_scene_black(kappa_b, kappa_r):
+    """``kappa_b ||u_b||_1 + kappa_r ||grad u_r||_1`` against the two exchanged.  Source: HODL section 4.3."""
+    x = data.sample("astronaut", (96, 96), gray=False)
+    y = (x + streaks((1, 96, 96), seeded(3), heavy=0.0)).clamp(0, 1)
+
+    def restored(name: str, *kappa: list[float]) -> torch.Tensor:
+        one = Split(padded(y), *reading(name, y), *map(torch.tensor, kappa), 0.3, 1e-3)
+        z = one.start()
+        for _ in range(150):
+            z = one.step(z)
+        return cropped(one.parts(z)[0], y)
+
+    printed = restored("printed", [kappa_b], [kappa_r, kappa_r, 0.0])
+    exchanged = restored("exchanged", [0.01, 0.01], [0.04])
+    assert printed.mean() < 0.3 * y.mean() and psnr(printed, x) < psnr(y, x) - 5
+    assert exchanged.mean() > 0.9 * y.mean() and psnr(exchanged, x) > psnr(y, x)

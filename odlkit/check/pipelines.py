@@ -67,3 +67,32 @@ def blind_2(kernel):
         rest = torch.fft.fft2(torch.fft.ifft2(torch.fft.fft2(got) * torch.fft.fft2(g)).real - d)
         slope = torch.fft.ifft2((torch.fft.fft2(g).conj() * rest).sum((0, 1))).real + 2 * mu * got
         yield "zero gradient", slope.abs().max() < 1e-8, "The gradient of the energy does not vanish at this kernel."
+
+
+@exercise
+def rain_1(pair):
+    """``pair(b, p, q, t)``: the (u_b, u_r), u_r >= 0, least in ``(u_b + u_r - b)^2 + t (u_b - p)^2 + t (u_r - q)^2``."""
+    for randn in draws():
+        b, p, q, t = randn(2, 3, 5), randn(2, 3, 5), randn(2, 3, 5), 0.7
+        u_b, u_r = pair(b, p, q, t)
+        yield like(u_b, b)
+        yield "only light", u_r.min() >= 0, "Some u_r is negative."
+        miss = u_b + u_r - b
+        flat = (miss + t * (u_b - p)).abs().max() < 1e-9
+        yield "u_b is best for its u_r", flat, "The slope in u_b does not vanish: it has to follow where u_r was changed."
+        slope = miss + t * (u_r - q)
+        best = (torch.where(u_r > 0, slope.abs(), (-slope).clamp(min=0))).max() < 1e-9
+        yield "u_r is best", best, "The slope in u_r has to vanish where u_r > 0, and to be at least 0 where u_r = 0."
+
+
+@exercise
+def rain_2(constant):
+    """``constant(L_b, L_r)``: that of ``(u_b, u_r) -> (N_b(u_r), N_r(N_b(u_r), u_r))``, the networks having L_b and L_r."""
+    for randn in draws():
+        for L_b, L_r in ((1.0, 1.0), (0.5, 2.0), (float(randn(1).abs()), float(randn(1).abs()))):
+            got, most = constant(L_b, L_r), 0.0
+            for pull in torch.linspace(0, 1, 41).double().tolist():  # N_r = L_r (pull u_b + (1 - pull^2)^(1/2) u_r)
+                rain = L_r * (pull * L_b + (1 - pull**2) ** 0.5)
+                most = max(most, (L_b**2 + rain**2) ** 0.5)
+            yield "a bound", got >= most - 1e-9, f"Linear networks with {L_b:.3g} and {L_r:.3g} reach {most:.4f}."
+            yield "reached", got <= most + 1e-3 * (1 + most), f"No pair with {L_b:.3g} and {L_r:.3g} reaches {got:.4f}."
