@@ -63,9 +63,8 @@ def test_without_clip_and_gate_wild_weights_break_its_bound():
 
 @pytest.fixture
 def small(monkeypatch):
-    images = list(torch.rand(12, 1, 3, 40, 48, generator=seeded()))
-    monkeypatch.setattr(search, "scenes", lambda: (images[2:], [torch.nn.functional.pad(x, (80,) * 4) for x in images[:2]]))
-    monkeypatch.setattr(search, "mixed", lambda batch, size, g: search.rainy(images, batch, 32, g))
+    images = list(torch.rand(12, 1, 3, 64, 64, generator=seeded()))
+    monkeypatch.setattr(search, "scenes", lambda: (images[2:], [torch.nn.functional.pad(x, (64,) * 4) for x in images[:2]]))
     monkeypatch.setattr(search, "SEARCH", search.SEARCH | {"before": 1, "batch": 2, "size": 32})
 
 
