@@ -17,6 +17,7 @@ from odlkit.tasks.deblur_blind import NOISE, SIZE, deblur_blind
 
 EVERY = 4  # the other models see one pair in so many
 WORKERS = 3
+STEP = 0.25  # of a pixel, as in comp_upto_shift of Levin et al.: an estimated kernel is off by fractions of a pixel
 PHOTOGRAPH = 41  # kernel size for the photographs
 PAPER = {"psnr": 30.30, "ssim": 0.92, "error_ratio": 1.37}  # Table VII, all 32 pairs
 
@@ -40,9 +41,9 @@ def likeness(a: Tensor, b: Tensor) -> float:
     return (correlation.max() / (a.double().norm() * b.double().norm())).item()
 
 
-def error_ratio(x: Tensor, with_truth: Tensor, sharp: Tensor) -> float:
+def error_ratio(x: Tensor, with_truth: Tensor, sharp: Tensor, step: float = STEP) -> float:
     """Squared error of ``x`` over that of the restoration with the true kernel, both up to a shift, border dropped."""
-    (a, truth), (b, _) = align(x, sharp), align(with_truth, sharp)
+    (a, truth), (b, _) = align(x, sharp, step=step), align(with_truth, sharp, step=step)
     return ((a - truth).square().sum() / (b - truth).square().sum()).item()
 
 
@@ -54,13 +55,14 @@ def _pair(job: tuple[int, str]) -> dict[str, Any]:
     x, told = deblur_blind(pair.blurry, model=model)
     seconds, best = time.process_time() - clock, deblur(pair.blurry, pair.kernel, told["settings"]["sigma_used"])[0]
     x, best, kernel = x.clamp(0, 1), best.clamp(0, 1), torch.tensor(told["kernel"])
-    (aligned, truth), (oracle, _), (blurred, _) = (align(z, pair.sharp) for z in (x, best, pair.blurry))
+    (aligned, truth), (oracle, _), (blurred, _) = (align(z, pair.sharp, step=STEP) for z in (x, best, pair.blurry))
     return {
         "pair": pair.name,
         "model": model,
         "psnr": round(psnr(aligned, truth).item(), 2),
         "ssim": round(ssim(aligned, truth).item(), 3),
         "error_ratio": round(error_ratio(x, best, pair.sharp), 2),
+        "error_ratio_whole_pixels": round(error_ratio(x, best, pair.sharp, 1.0), 2),
         "psnr_true_kernel": round(psnr(oracle, truth).item(), 2),
         "psnr_blurred": round(psnr(blurred, truth).item(), 2),
         "likeness": round(likeness(kernel, pair.kernel), 3),
@@ -105,15 +107,16 @@ def run(progress: bool = False) -> dict[str, Any]:
     kernels = {f"{row['pair']} {row['model']}": row.pop("kernels") for row in rows}  # estimated, true
     few = {row["pair"] for row in rows if row["model"] != "gdc"}
     gdc = [row for row in rows if row["model"] == "gdc"]
-    good = sum(row["error_ratio"] < 3 for row in gdc)
+    good, whole = (sum(row[name] < 3 for row in gdc) for name in ("error_ratio", "error_ratio_whole_pixels"))
     return {
         "claim": f"{count} captured pairs of Levin et al., kernels of {SIZE}x{SIZE} whatever their true size, scored up "
-        f"to a shift of 5 pixels without a border of 15; the last step, also with the true kernel, is ipadnet at noise "
-        f"{NOISE} or more",
+        f"to a shift of 5 pixels in quarters of one, without a border of 15, as Levin et al. do; the last step, also with "
+        f"the true kernel, is ipadnet at noise {NOISE} or more",
         "mean": _mean(gdc),
         "paper_table_7": PAPER,
         "psnr_minus_paper": round(_mean(gdc)["psnr"] - PAPER["psnr"], 2),
         "error_ratio_below_3": f"{good} of {count}",
+        "error_ratio_below_3_in_whole_pixels": f"{whole} of {count}",
         "error_ratio_below_3_on_three_quarters": good >= 0.75 * count,
         "by_kernel": {
             str(k): _mean([row for row in gdc if int(row["pair"][-2:]) == k])

@@ -180,7 +180,7 @@ class Settings:
     last: float = 5e-4
     prior: float = 3.0
     gamma: float = 20.0
-    mu: float = 1.0
+    mu: float = 40.0
     least: float = 0.03
     share: float = 0.03
 
