@@ -21,12 +21,12 @@ from torch.nn.utils import parametrize
 
 from odlkit import data
 from odlkit.metrics import psnr
-from odlkit.models.hodl_light import Illumination, coarse, radiance
+from odlkit.models.hodl_light import Illumination, coarse
 from odlkit.networks.lipschitz_cell import OPERATIONS, certified, normalized
 from odlkit.training.camera import display, linear
 from odlkit.training.loop import fit, log_error, save_weights
 
-HELD_OUT, SIDE, BATCH = 8, (320, 480), 2  # the paper's batch
+HELD_OUT, SIDE = 8, (320, 480)
 ALPHA_RATE = 0.01
 Pair = tuple[Tensor, Tensor]
 
@@ -61,18 +61,18 @@ def landscape(x: Tensor) -> Tensor:
 
 
 class Pictures:
-    """``sample(generator) -> (dark, bright)``, each ``(BATCH, 3, h, w)``: windows of all sizes from 5/8 of `SIDE` on.
+    """``sample(generator) -> (dark, bright)``, each ``(batch, 3, h, w)``: windows of all sizes from 5/8 of `SIDE` on.
 
     ``clear`` pictures are darkened at random; of ``pairs``, a share ``real`` of all, the dark one gets another gain.
     """
 
-    def __init__(self, clear: Sequence[Tensor], pairs: Sequence[Pair], real: float = 0.35):
-        self.clear, self.pairs, self.real = clear, pairs, real
+    def __init__(self, clear: Sequence[Tensor], pairs: Sequence[Pair], real: float = 0.35, batch: int = 2):
+        self.clear, self.pairs, self.real, self.batch = clear, pairs, real, batch
 
     def __call__(self, generator: torch.Generator) -> Pair:
         sides = [8 * int(side / 8 * (0.625 + 0.375 * torch.rand((), generator=generator).item())) for side in SIDE]
         out = []
-        for _ in range(BATCH):
+        for _ in range(self.batch):
             real, which, gain, *places = torch.rand(7, generator=generator).tolist()
             real = real < self.real
             y, x = self.pairs[int(which * len(self.pairs))] if real else 2 * (self.clear[int(which * len(self.clear))],)
@@ -84,10 +84,10 @@ class Pictures:
         return torch.cat([y for y, _ in out]), torch.cat([x for _, x in out])
 
 
-def split(without: str | None = None) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
-    """Clear pictures to train on and to validate with, and LOL's training pairs but the one named ``without``."""
+def split() -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+    """Clear pictures to train on and to validate with, and LOL's training pairs."""
     every = [landscape(x) for x in data.images("cbsd68", gray=False)]
-    pairs = [(landscape(y), landscape(x)) for name, y, x in lol("our485_subset") if name != without]
+    pairs = [(landscape(y), landscape(x)) for _, y, x in lol("our485_subset")]
     return every[:-HELD_OUT], every[-HELD_OUT:], pairs
 
 
@@ -102,26 +102,30 @@ def unroll(net: Illumination, y: Tensor) -> list[Tensor]:
     return out
 
 
-def loss_of(net: Illumination, sample: Pictures, generator: torch.Generator) -> Tensor:
-    """`log_error` on the coarse grid."""
+def fitting(v: Tensor, x: Tensor) -> Tensor:
+    """``v`` times the factor of each item that brings it nearest to ``x``: what is left is no matter of exposure."""
+    return v * ((v * x).sum((1, 2, 3), keepdim=True) / v.square().sum((1, 2, 3), keepdim=True))
+
+
+def loss_of(net: Illumination, sample: Pictures, share: float, generator: torch.Generator) -> Tensor:
+    """`log_error` on the coarse grid; where ``share`` < 1 only so much of it, beside that after the best factor.
+
+    No network can know the exposure, and its errors would drown all others.
+    """
     y, x = sample(generator)
     with parametrize.cached():
-        return log_error(unroll(net, y), coarse(x, net.block))
+        found, x = unroll(net, y), coarse(x, net.block)
+    error = share * log_error(found, x)
+    return error + log_error([fitting(v, x) for v in found], x) if share < 1 else error
 
 
 def score(net: Illumination, held: Sequence[Pair]) -> float:
-    """Mean PSNR in dB of whole pictures, noise and all."""
+    """Mean PSNR in dB after the best factor, on the coarse grid."""
     net.eval()
     with torch.no_grad():
-        found = []
-        for y, x in held:
-            seen = net.given(y)
-            T, u = net.map(seen)
-            for k in range(net.depth):
-                u = T(u, None, k)
-            found.append(psnr(radiance(y, u, net.block), x).item())
+        pairs = [(unroll(net, y)[-1], coarse(x, net.block)) for y, x in held]
     net.train()
-    return sum(found) / len(found)
+    return sum(psnr(fitting(v, x), x).item() for v, x in pairs) / len(pairs)
 
 
 def search(out: Path, resume: bool = False, steps: tuple[int, int] = (200, 600)) -> list[list[str]]:
@@ -142,15 +146,22 @@ def search(out: Path, resume: bool = False, steps: tuple[int, int] = (200, 600))
     def loss(generator: torch.Generator) -> Tensor:
         for alpha in alphas:
             alpha.requires_grad_(True)
-        gradients = torch.autograd.grad(loss_of(net, upper, generator), alphas)
+        gradients = torch.autograd.grad(loss_of(net, upper, 1.0, generator), alphas)
         for alpha, gradient in zip(alphas, gradients, strict=True):
             alpha.requires_grad_(False).grad = gradient
         optimiser.step()
         optimiser.zero_grad()
-        return loss_of(net, lower, generator)
+        return loss_of(net, lower, 1.0, generator)
 
     fit(
-        net, partial(loss_of, net, lower), steps=steps[0], lr=4e-3, out=out, name="hodl-light-warm", final=1.0, resume=resume
+        net,
+        partial(loss_of, net, lower, 1.0),
+        steps=steps[0],
+        lr=4e-3,
+        out=out,
+        name="hodl-light-warm",
+        final=1.0,
+        resume=resume,
     )
     record = fit(net, loss, steps=steps[1], lr=4e-3, out=out, name="hodl-light-search", resume=resume)
     found = {"best": net.net.best(), "shares": net.net.alphas(), "names": list(OPERATIONS)} | record
@@ -158,21 +169,17 @@ def search(out: Path, resume: bool = False, steps: tuple[int, int] = (200, 600))
     return net.net.best()
 
 
-def fitted(cells: list[list[str]], without: str | None, **run: Any) -> tuple[Illumination, dict]:
-    """A network of these operations trained through T, without one of LOL's pairs, and the record of `fit`."""
+def light(out: Path, resume: bool = False, steps: int = 600) -> None:
+    """Search, train what was found through T, and write the weights and their card."""
+    cells = search(out, resume)
     torch.manual_seed(0)
-    clear, held, pairs = split(without)
-    net = Illumination(cells=cells)
+    clear, held, pairs = split()
+    net = Illumination(cells=cells, block=8)
     normalized(net)
     darks = [(darkened(x, torch.Generator().manual_seed(i)), x) for i, x in enumerate(held)]
-    record = fit(net, partial(loss_of, net, Pictures(clear, pairs)), validate=partial(score, net, darks), **run)
-    return net, record
-
-
-def light(out: Path, resume: bool = False, steps: int = 1000) -> None:
-    """Search, train what was found on all six pairs, and write the weights and their card."""
-    cells = search(out, resume)
-    net, record = fitted(cells, None, steps=steps, lr=3e-3, out=out, name="hodl-light", resume=resume)
+    run: dict[str, Any] = {"lr": 3e-3, "out": out, "name": "hodl-light", "resume": resume}
+    loss = partial(loss_of, net, Pictures(clear, pairs, batch=4), 0.25)
+    record = fit(net, loss, validate=partial(score, net, darks), steps=steps, **run)
     certified(net)
     stored = copy.deepcopy(net).half().float()
     found = json.loads((out / "hodl-light-search.json").read_text())
