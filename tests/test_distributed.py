@@ -1,7 +1,10 @@
 """Several processes: the same hypergradients and weights as one, a lost process is told, runs go on with fewer."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,3 +165,39 @@ def test_a_lost_process_is_told_within_the_timeout(how, tmp_path):
     assert text.startswith(
         "process 0 of 2: no answer from the others, one was killed or is stuck; start again with --resume"
     )
+
+
+RECIPE = """
+import sys
+import torch
+from odlkit import cli, training
+from odlkit.training.loop import fit, save_weights
+
+def make(out, resume):
+    net = torch.nn.Linear(3, 1)
+    loss = lambda g: (net(torch.randn(4, 3, generator=g)) - 1).square().mean()
+    save_weights(net, out / "tiny.safetensors", fit(net, loss, steps=2, lr=0.1, out=out, name="tiny", resume=resume))
+
+if __name__ == "__main__":
+    training.RECIPES["tiny"] = "tiny_recipe:make"
+    cli.main(sys.argv[1:])
+"""
+
+
+def test_torchrun_trains_a_recipe(tmp_path):
+    (tmp_path / "tiny_recipe.py").write_text(RECIPE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # a free port
+    command = [
+        *launch,
+        str(tmp_path / "tiny_recipe.py"),
+        "train",
+        "tiny",
+        "--out",
+        str(tmp_path / "out"),
+        "--timeout",
+        "100",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "tiny.json").read_text())["streams"] == 2
+    assert done.stdout.count("tiny step 2") == 1  # one of them speaks
