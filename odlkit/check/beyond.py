@@ -51,3 +51,36 @@ def gan_2(matrix):
                 f"a = {a:.2f}, K = {K}: played by hand, the round ends elsewhere; every step of u is lazy, also the first."
             )
             yield name, torch.allclose(got @ torch.stack([u, w]), round_), hint
+
+
+@exercise
+def clean_1(implicit):
+    """``implicit(slopes, H, b, w)``: gradient (n,) by the logits w of the samples' weights, at the lower minimiser."""
+    for randn in draws():
+        A, y, t, w, ridge = randn(6, 3), randn(6), randn(3), randn(6), 0.1
+
+        def minimiser(v: torch.Tensor, A=A, y=y, ridge=ridge) -> tuple[torch.Tensor, torch.Tensor]:
+            s = v.sigmoid()[:, None]
+            H = (s * A).T @ A / 6 + ridge * torch.eye(3).double()
+            return torch.linalg.solve(H, (s * A).T @ y / 6), H
+
+        u, H = minimiser(w)
+        got = implicit((A @ u - y)[:, None] * A, H, u - t, w)
+        yield like(got, w)
+        ends = [[(minimiser(w + h * e)[0] - t).square().sum() / 2 for h in (1e-5, -1e-5)] for e in torch.eye(6).double()]
+        slope = torch.stack([(a - b) / 2e-5 for a, b in ends])
+        yield "descent", (got * slope).sum() > 0, "A step against it makes the upper loss larger: look at the sign."
+        yield "derivative", torch.allclose(got, slope, atol=1e-6), "A finite difference of the upper loss differs."
+
+
+@exercise
+def clean_2(blind):
+    """``blind(c)``: the largest F1 that flagging at random reaches, entry by entry, where a share c is wrong."""
+    for randn in draws():
+        c = randn(20).sigmoid()
+        got = blind(c)
+        yield like(got, c)
+        q = torch.linspace(0.01, 1, 100).double()[:, None]
+        reached = 1 / ((1 / c + 1 / q) / 2)  # harmonic mean of precision c and recall q
+        yield "no rule is better", (got >= reached.amax(0) - 1e-9).all(), "Some other share of flags has a larger F1."
+        yield "a rule reaches it", (got <= reached.amax(0) + 1e-9).all(), "No share of flags has such an F1."
