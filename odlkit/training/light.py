@@ -153,17 +153,9 @@ def search(out: Path, resume: bool = False, steps: tuple[int, int] = (200, 600))
         optimiser.zero_grad()
         return loss_of(net, lower, 1.0, generator)
 
-    fit(
-        net,
-        partial(loss_of, net, lower, 1.0),
-        steps=steps[0],
-        lr=4e-3,
-        out=out,
-        name="hodl-light-warm",
-        final=1.0,
-        resume=resume,
-    )
-    record = fit(net, loss, steps=steps[1], lr=4e-3, out=out, name="hodl-light-search", resume=resume)
+    run: dict[str, Any] = {"lr": 4e-3, "out": out, "resume": resume}
+    fit(net, partial(loss_of, net, lower, 1.0), steps=steps[0], final=1.0, name="hodl-light-warm", **run)
+    record = fit(net, loss, steps=steps[1], name="hodl-light-search", **run)
     found = {"best": net.net.best(), "shares": net.net.alphas(), "names": list(OPERATIONS)} | record
     (out / "hodl-light-search.json").write_text(json.dumps(found, indent=1))
     return net.net.best()
