@@ -133,7 +133,7 @@ def estimate(
     n, lam, runs = levels[0][0], at.lam, []
     top, left = (max(side - WINDOW, 0) // 2 for side in y.shape[-2:])
     y = y[..., top : top + WINDOW, left : left + WINDOW]
-    kernel = torch.zeros(n, n).to(y)
+    kernel, mu = torch.zeros(n, n).to(y), at.error**2 * y.numel()
     kernel[n // 2, n // 2 - 1 : n // 2 + 1] = 0.5
     counts = [at.alternations] * len(levels) + [at.refine]
     bar = tqdm(total=sum(counts), desc="kernel", leave=False, disable=not progress)
@@ -154,7 +154,7 @@ def estimate(
             run = gradients(sweep, z, kernel, at.prior * lam, at.gamma, about.checked)
             z = edges.z
             if run.trace["accepted"].all():  # gradients that the control refused teach the kernel nothing
-                kernel = tidy(kernel_step(run.x, D.A(z), kernel, at.mu, usable), at.least, at.share).to(y)
+                kernel = tidy(kernel_step(run.x, D.A(z), kernel, mu, usable), at.least, at.share).to(y)
             lam = max(lam / at.decay, at.floor) if i < len(levels) else lam * (at.last / at.floor) ** (1 / at.refine)
             level.append(run)
             bar.update()
