@@ -176,12 +176,14 @@ def train(
     make = torch.optim.SGD if optimiser == "sgd" else lambda p, lr: torch.optim.Adam(p, lr, (0.5, 0.999))
     of_g, of_d = make(both[: len(g)], lr=lr), make(both[len(g) :], lr=lr)
     done = Trained(g, d)
-    for step in trange(steps + 1, desc=progress, disable=not progress):
+
+    def watch(step: int) -> None:
         if step in look_at:
             with torch.no_grad():
                 done.frames[step] = apply(g, latent)
-        if step == steps:
-            return done
+
+    for step in trange(steps, desc=progress, disable=not progress):
+        watch(step)
         anchor = [p.detach().clone() for p in d]
         for _ in range(method.critics):
             seen = Batch(ring(draws, batch), normal(draws, batch, LATENT), anchor)
@@ -196,7 +198,8 @@ def train(
         for p, gradient in zip(g, generator_gradient(method, d, g, seen), strict=True):
             p.grad = gradient
         of_g.step()
-    raise AssertionError("not reached")
+    watch(steps)
+    return done
 
 
 @torch.no_grad()
@@ -210,6 +213,6 @@ def coverage(points: Tensor, least: int = 20) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def sample(generator: Stack, count: int = 2500, seed: int = 10_000) -> Tensor:
-    """Generated points ``(S, count, 2)``, of fresh latent draws, the same for each seed's network."""
+    """Generated points ``(S, count, 2)``, of fresh latent draws."""
     draws = [torch.Generator().manual_seed(seed)] * len(generator[0])
     return apply(generator, normal(draws, count, LATENT))
