@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from odlkit.networks import Classifier, ConvUnit, FlowNet, RBFUnit, ResidualNet, UNet
+from odlkit.networks import ConvUnit, RBFUnit, ResidualNet, UNet
 
 FOLDER = Path(__file__).with_name("weights")
 UNITS = {"conv": ConvUnit, "rbf": RBFUnit, "unet": UNet}
+NETWORKS = {  # other kinds -> the class that the rest of the card's network are arguments of, imported when it is built
+    "stages": "odlkit.models.padnet_gradient:Stages",
+    "relaxed": "odlkit.models.podm:RelaxedNet",
+    "cascade": "odlkit.models.gdc_joint:CascadeNet",
+    "cells": "odlkit.models.gdc_rain:RainNet",
+    "classifier": "odlkit.networks:Classifier",
+    "flow": "odlkit.networks:FlowNet",
+    "deconvolution": "odlkit.models.hodl_deblur:Deconvolution",
+    "illumination": "odlkit.models.hodl_light:Illumination",
+    "streaks": "odlkit.models.hodl_rain:Streaks",
+    "features": "odlkit.training.fewshot:Features",
+    "dgunet": "odlkit.models.dgunet:DGUNet",
+    "sensing": "odlkit.models.dgunet:Sensing",
+}
 
 
 def cards() -> dict[str, dict]:
@@ -46,59 +61,27 @@ def load(name: str) -> nn.Module:
     blob = path.read_bytes()
     if hashlib.sha256(blob).hexdigest() != about["sha256"]:
         raise ValueError(f"weights: {path.name} does not have the SHA-256 that its card records")
-    network = about["network"]
-    if "stages" in about["schedule"]:  # networks that change with the iteration
-        from odlkit.models.padnet_gradient import Stages
-
-        model: nn.Module = Stages(network["units"], network["bound"])
-    elif network["kind"] == "relaxed":
-        from odlkit.models.podm import RelaxedNet
-
+    tensors = parse(blob)
+    if about["network"]["kind"] == "relaxed":
         with torch.device("meta"):  # no time for random weights that are overwritten
-            model = RelaxedNet(**{key: value for key, value in network.items() if key != "kind"})
-        model.load_state_dict({key: value.float() for key, value in parse(blob).items()}, assign=True)
-        return model.eval().requires_grad_(False)
-    elif network["kind"] == "cascade":
-        from odlkit.models.gdc_joint import CascadeNet
-
-        model = CascadeNet(**{key: value for key, value in network.items() if key != "kind"})
-    elif network["kind"] == "cells":
-        from odlkit.models.gdc_rain import RainNet
-
-        several = network.get("networks")  # those of a comparison
-        config = {key: value for key, value in network.items() if key != "kind"}
-        model = nn.ModuleDict({k: RainNet(**v) for k, v in several.items()}) if several else RainNet(**config)
-    elif network["kind"] == "flow":
-        model = FlowNet(**{key: value for key, value in network.items() if key != "kind"})
-    elif network["kind"] == "deconvolution":
-        from odlkit.models.hodl_deblur import Deconvolution
-
-        model = Deconvolution(**{key: value for key, value in network.items() if key != "kind"})
-    elif network["kind"] == "illumination":
-        from odlkit.models.hodl_light import Illumination
-
-        model = Illumination(**{key: value for key, value in network.items() if key != "kind"})
-    elif network["kind"] == "streaks":
-        from odlkit.models.hodl_rain import Streaks
-
-        model = Streaks(**{key: value for key, value in network.items() if key != "kind"})
-    elif network["kind"] == "features":
-        from odlkit.training.fewshot import Features
-
-        model = Features(network["width"], network["channels"])
-    elif network["kind"] == "streaks":
-        from odlkit.models.hodl_rain import Streaks
-
-        model = Streaks(**{key: value for key, value in network.items() if key != "kind"})
-    elif network["kind"] in ("dgunet", "sensing"):
-        from odlkit.models.dgunet import DGUNet, Sensing, Setting
-
-        config = {key: value for key, value in network.items() if key != "kind"}
-        model = DGUNet(Setting(**config)) if network["kind"] == "dgunet" else Sensing(**config)
-    elif network["kind"] == "classifier":
-        model = Classifier(network["widths"])
+            model = built(about)
+        model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
     else:
-        unit = UNITS[network["kind"]]
-        model = ResidualNet([unit(**config) for config in network["units"]], bound=network["bound"])
-    model.load_state_dict(parse(blob))
+        model = built(about)
+        model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
+
+
+def built(about: dict) -> nn.Module:
+    """The network of a card, with weights of its own."""
+    config = {key: value for key, value in about["network"].items() if key != "kind"}
+    kind = about["network"]["kind"]
+    if "stages" in about["schedule"]:  # networks that change with the iteration
+        kind = "stages"
+    elif kind in UNITS:
+        return ResidualNet([UNITS[kind](**unit) for unit in config["units"]], bound=config["bound"])
+    elif "networks" in config:  # those of a comparison
+        schedule: dict = {"schedule": {}}
+        return nn.ModuleDict({k: built(schedule | {"network": v | {"kind": kind}}) for k, v in config["networks"].items()})
+    module, name = NETWORKS[kind].split(":")
+    return getattr(import_module(module), name)(**config)
