@@ -80,7 +80,8 @@ def modules(code: str) -> dict[str, Path]:
     """Every module of odlkit that the code imports, with its file: directly, through another, or as a parent package.
 
     The command plays whatever a table names, so its places count.  They do not where a table's module is imported for
-    something else: the inequalities of `odlkit.certify` lead to no proposition, nor does one task lead to the others.
+    something else: the inequalities of `odlkit.certify` lead to no proposition, nor does one task lead to the others.  But
+    whoever loads weights may build any of the networks that `odlkit.weights` names.
     """
     found: dict[str, Path] = {}
     todo = set(imported(code))
@@ -92,7 +93,8 @@ def modules(code: str) -> dict[str, Path]:
             continue
         found[name] = file
         text = file.read_text(encoding="utf-8")
-        todo |= imported(text) | (places(text) if plays else set()) | ({name.rpartition(".")[0]} - {""})
+        named = places(text) if plays or name == f"{PACKAGE}.weights" else set()
+        todo |= imported(text) | named | ({name.rpartition(".")[0]} - {""})
     return found
 
 
