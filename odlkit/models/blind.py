@@ -171,7 +171,7 @@ class Settings:
     It falls by ``decay`` with each alternation, down to ``floor``; after the pyramid ``refine`` more at full size take it
     to ``last``.  The control's prior weighs ``prior lam``, its gamma is ``gamma L``; `tidy` gets ``least`` and ``share``.
     ``error`` is the standard deviation that the gradients are trusted to: white errors e of that size in the 2 N differences
-    make ``(1/2) E ||k * (g + e) - d||^2`` larger by ``N error^2 ||k||^2``, so `kernel_step` has ``mu = N error^2``.  N counts
+    make ``(1/2) E ||k * (g + e) - d||^2`` larger by ``N error^2 ||k||^2``, so ``mu = N error^2`` in `kernel_step`.  N counts
     the pixels of the full picture on every level: coarse gradients are trusted less.
     """
 
