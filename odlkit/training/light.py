@@ -179,7 +179,8 @@ def light(out: Path, resume: bool = False, steps: int = 600) -> None:
         "name": "hodl-light",
         "what": f"HODL's illumination for low light: one map trained through {net.depth} steps, its operations searched",
         "recipe": "odlkit train hodl-light",
-        "data": f"CBSD68, darkened, without its last {HELD_OUT} images, the validation set; LOL's six training pairs",
+        "data": f"CBSD68, darkened, without its last {HELD_OUT} images, the validation set (PSNR at the best exposure); "
+        "LOL's training pairs",
         "network": {"kind": "illumination", **net.config},
         "schedule": {"depth": net.depth},
         "search": {key: found[key] for key in ("best", "shares", "names", "steps", "seconds")},
