@@ -257,14 +257,13 @@ class Streaks(nn.Module):
             split = self.split(b)
             return averaged(split.step, self.alpha), split
         width = self.config["width"]
-        seen_b, seen_r, weigh = self.prior(b if told is None else torch.cat([b, told], 1)).split(
-            [width, width, len(KAPPA)], 1
-        )
+        seen = b if told is None else torch.cat([b, told], 1)
+        seen_b, seen_r, weigh = self.prior(seen).split([width, width, len(KAPPA)], 1)
         split = self.split(b, weigh)
         return averaged(compose(split.step, self.network(split, seen_b, seen_r, told)), self.alpha), split
 
     def forward(self, y: Tensor, steps: int | None = None, told: Tensor | None = None) -> list[Tensor]:
-        """``u_b^1 ... u_b^K`` for pictures ``(B, 3, H, W)`` in [0, 1] of any size; ``told`` is a, like y, where it is used."""
+        """``u_b^1 ... u_b^K`` for pictures ``(B, 3, H, W)`` in [0, 1] of any size; ``told`` is a, like y, where used."""
         T, split = self.map(padded(y), None if told is None else padded(told))
         z, found = split.start(), []
         for k in range(steps or self.depth):

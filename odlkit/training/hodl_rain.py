@@ -23,6 +23,7 @@ from odlkit.training.rain import COLOUR, HELD_OUT, rainy, scenes
 
 BATCH, SIDE, HEAVY = 4, 80, 0.1
 PRIOR = 32
+TRUSTING = {"kappa_b": 0.003, "along": 0.005, "sparse": 0.003, "gamma": 2.0}  # to begin near what one is told
 
 
 def held_out() -> list[tuple[Tensor, Tensor]]:
@@ -76,7 +77,12 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
 
 bounded = partial(train, "hodl-rain", "networks normalized, so that T is non-expansive")
 told = partial(
-    train, "hodl-rain-told", "normalized, and told what the shipped DGUNet makes of the picture", steps=500, told=True
+    train,
+    "hodl-rain-told",
+    "normalized, and told what the shipped DGUNet makes of the picture",
+    steps=300,
+    told=True,
+    start=TRUSTING,
 )
 free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", bounded=False)
 numbers = partial(train, "hodl-rain-numbers", "no network, the numbers of the solver alone (UNH)", steps=200, width=0)
