@@ -96,3 +96,32 @@ def rain_2(constant):
                 most = max(most, (L_b**2 + rain**2) ** 0.5)
             yield "a bound", got >= most - 1e-9, f"Linear networks with {L_b:.3g} and {L_r:.3g} reach {most:.4f}."
             yield "reached", got <= most + 1e-3 * (1 + most), f"No pair with {L_b:.3g} and {L_r:.3g} reaches {got:.4f}."
+
+
+@exercise
+def light_1(mix):
+    """``mix(z, maps, a)``: ``sum_i softmax(a)_i maps_i(z)`` for a list of maps and ``a`` (count,), of the shape of ``z``."""
+    for randn in draws():
+        z, v, a = randn(2, 3, 6, 8), randn(2, 3, 6, 8), 2 * randn(3)
+        turns = [lambda t: t, lambda t: t.flip(-1), lambda t: t.roll(1, -2)]
+        got = mix(z, turns, a)
+        yield like(got, z)
+        hint = "Equal maps should mix to that map, so the shares must sum to 1."
+        yield "shares sum to 1", (mix(z, [turns[1]] * 3, a) - turns[1](z)).abs().max() < 1e-9, hint
+        apart = (got - mix(v, turns, a)).norm() / (z - v).norm()
+        yield "non-expansive", apart <= 1 + 1e-9, f"Two inputs come out {apart:.2f} times as far apart: is a share negative?"
+        first = mix(z, turns, torch.tensor([30.0, 0, 0]).to(z))
+        yield "a large entry wins", (first - z).abs().max() < 1e-6, "With a = (30, 0, 0) the first map alone should be left."
+
+
+@exercise
+def light_2(best):
+    """``best(w)``: ``(tau, factor)``, the step for which ``u - 2 tau w (u - phi)`` contracts most, for w (H, W) > 0."""
+    for randn in draws():
+        w = 0.2 + randn(5, 7).abs()
+        tau, factor = (torch.as_tensor(part).item() for part in best(w))
+        steep = lambda t: (1 - 2 * t * w).abs().max().item()  # noqa: E731, B023
+        yield "a contraction", 0 < steep(tau) < 1, f"With this step a distance can grow by {steep(tau):.3f}."
+        yield "its factor", abs(factor - steep(tau)) < 1e-9, f"The factor of this step is {steep(tau):.4f}."
+        other = min(steep(tau * (1 + s)) for s in (-0.1, -0.01, 0.01, 0.1))
+        yield "no other step is better", other >= factor - 1e-9, f"A step nearby has the factor {other:.4f}."
