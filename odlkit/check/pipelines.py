@@ -125,3 +125,27 @@ def light_2(best):
         yield "its factor", abs(factor - steep(tau)) < 1e-9, f"The factor of this step is {steep(tau):.4f}."
         other = min(steep(tau * (1 + s)) for s in (-0.1, -0.01, 0.01, 0.1))
         yield "no other step is better", other >= factor - 1e-9, f"A step nearby has the factor {other:.4f}."
+
+
+@exercise
+def flow_1(prox):
+    """``prox(r, a, u_0, z, tau)``: u least in ``(r + a . (u - u_0))^2 + |u - z|^2 / (2 tau)``, r (B, 1, H, W), a (B, 2, H, W)."""
+    for randn in draws():
+        r, a, u_0, z, tau = randn(2, 1, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), 0.7
+        got = prox(r, a, u_0, z, tau)
+        yield like(got, z)
+        slope = 2 * a * (r + (a * (got - u_0)).sum(1, keepdim=True)) + (got - z) / tau
+        yield "zero gradient", slope.abs().max() < 1e-9, "The slope does not vanish: the residual at u is not that at z."
+
+
+@exercise
+def flow_2(prox):
+    """``prox(r, a, u_0, z, tau, kappa)``: as `flow_1` for ``min over e of (r + a . (u - u_0) - e)^2 + kappa e^2``."""
+    for randn in draws():
+        r, a, u_0, z, tau = randn(2, 1, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), 0.7
+        for kappa in (0.2, 3.0):
+            got = prox(r, a, u_0, z, tau, kappa)
+            yield like(got, z)
+            rest = r + (a * (got - u_0)).sum(1, keepdim=True)
+            slope = 2 * a * (rest - rest / (1 + kappa)) + (got - z) / tau  # at the best e
+            yield "zero gradient", slope.abs().max() < 1e-9, f"With kappa = {kappa} the slope at the best e is not 0."
