@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data
+from odlkit.bench import hyper_cleaning as bench
 from odlkit.bilevel import hypergradient
 from odlkit.training.cleaning import Cleaning, Samples, cg, clean, corrupt, draw, f1, hodl, ns, rhg, trhg, weighted
 
@@ -185,6 +186,25 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall():
     assert f1(torch.ones(5), wrong) == 0 and f1(torch.where(wrong, -1.0, 1.0), wrong) == 1
     assert f1(-torch.ones(5), wrong) == pytest.approx(2 * 0.6 / 1.6)
     assert f1(torch.zeros(2), torch.tensor([False, False])) == 0
+
+
+def test_the_record_chooses_on_held_out_samples_and_says_whether_the_bar_is_met(monkeypatch):
+    """On small draws of the digits, a setting that does nothing beside one that cleans."""
+    monkeypatch.setattr(bench, "SIZES", {"digits": (300, 200, 200)})
+    monkeypatch.setattr("odlkit.training.cleaning.SIZES", {"digits": (300, 200, 200)})
+    monkeypatch.setattr(bench, "SEEDS", (0, 1))
+    monkeypatch.setattr(
+        bench, "SETTINGS", {name: {"idle": (m, 0.0), "on": (m, 0.4)} for name, m in (("NS", ns(5)), ("HODL", rhg))}
+    )
+    record = bench.run()
+    rows = {r["method"]: r for r in record["rows"]}
+    assert rows["NS"]["setting"] == rows["HODL"]["setting"] == "on"
+    assert rows["no cleaning"]["accuracy"][0] < rows["HODL"]["accuracy"][0]
+    assert len(record["curves"]["digits, NS"]["accuracy"]) == bench.OUTER + 1
+    case, mean = record["hodl_and_the_best"]["digits"], {name: rows[name]["accuracy"] for name in ("NS", "HODL")}
+    assert mean[case["best"]][0] == max(m for m, _ in mean.values())
+    assert case["hodl_below_it"] == pytest.approx(mean[case["best"]][0] - mean["HODL"][0], abs=0.011)
+    assert case["met"] == (case["hodl_below_it"] <= case["spread_of_the_best"])
 
 
 # The files.

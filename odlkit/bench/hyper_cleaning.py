@@ -106,7 +106,8 @@ def run(progress: bool = False) -> dict[str, Any]:
         chosen, problems = choose(name, bar), [task(name, seed) for seed in SEEDS]
         scores: dict[str, list[float]] = {}
         for method, label in chosen.items():
-            runs, kept = [], []
+            runs: list[tuple[float, ...]] = []
+            kept: list[list[float]] = []
             for p in problems:
                 r = cleaned(p, SETTINGS[method][label])
                 runs.append((100 * p.test.accuracy(r.u), 100 * f1(r.w, p.wrong), r.seconds[-1], r.loss[-1]))
