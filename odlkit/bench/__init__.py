@@ -42,6 +42,7 @@ PLACES = {
     "fewshot-omniglot": "odlkit.bench.fewshot:omniglot",
     "fewshot-methods": "odlkit.bench.fewshot:methods",
     "hodl-deblur": "odlkit.bench.hodl_deblur:run",
+    "hodl-rain": "odlkit.bench.hodl_rain:run",
     "gan-ring": "odlkit.bench.gan:run",
     "dgunet-known": "odlkit.bench.dgunet_deblur:known",
     "dgunet-deblur": "odlkit.bench.dgunet_deblur:motion",

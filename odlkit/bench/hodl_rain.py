@@ -18,17 +18,16 @@ from odlkit.bench import provenance
 from odlkit.bench.dgunet_derain import rain
 from odlkit.metrics import luminance, psnr, ssim
 from odlkit.models.hodl_rain import Split, Streaks, cropped, padded, reading
-from odlkit.tasks.derain_hodl import NETWORK, iterated
+from odlkit.tasks.derain_hodl import ADVISER, NETWORK, iterated
 from odlkit.training.hodl_rain import held_out
 
 TABLE_5 = {  # PSNR and SSIM, of all 100 pairs each
     "rain100l": {"RCDNet (ENA)": [40.00, 0.986], "HODL": [40.07, 0.986]},
     "rain100h": {"RCDNet (ENA)": [31.28, 0.903], "HODL": [30.96, 0.905]},
 }
-TRAINED = {"hodl": NETWORK, "hodl, unbounded": f"{NETWORK}-free", "unh": f"{NETWORK}-numbers"}
-PRINTED = {"hodl": "HODL"}
+TRAINED = {"hodl": "hodl-rain", "hodl, told": NETWORK, "unh": "hodl-rain-numbers"}
+PRINTED = {"hodl": "HODL", "hodl, told": "HODL"}
 BEYOND = 10  # times the depth of training
-ALONE = 40  # iterations of the untrained solver
 READINGS = {  # kappa_b and kappa_r that are tried; "directional" has those of the untrained solver
     "printed": [(b, [r, r, 0.0]) for b in (0.001, 0.01) for r in (0.01, 0.1)],
     "exchanged": [(b, [q * b]) for b in (0.003, 0.01) for q in (1.5, 2.5, 4.0)],
@@ -38,7 +37,7 @@ READINGS = {  # kappa_b and kappa_r that are tried; "directional" has those of t
 
 def solver() -> Streaks:
     """The augmented Lagrangian alone, as it is before training; a small gamma, which costs accuracy nothing."""
-    return Streaks(width=0, alpha=1.0, start={"gamma": 1e-3}).requires_grad_(False)
+    return Streaks(width=0, depth=6, alpha=1.0, start={"gamma": 1e-3}).requires_grad_(False)
 
 
 def beyond(net: Any, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -56,9 +55,9 @@ def beyond(net: Any, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     return {name: round(v, 2) if "psnr" in name else v for name, v in zip(names, values, strict=True)}
 
 
-def readings(steps: int = 80, size: int = 96) -> list[dict[str, Any]]:
+def readings(steps: int = 60, size: int = 96) -> list[dict[str, Any]]:
     """Gain in dB of the untrained solver by reading of the priors, kappa the best of `READINGS`, on scenes held out."""
-    x, y = (torch.cat([pair[i][..., :size, :size] for pair in held_out()]) for i in (0, 1))
+    x, y = (torch.cat([pair[i][..., :size, :size] for pair in held_out()[::2]]) for i in (0, 1))
     b, rows = padded(y), []
     for name, tried in READINGS.items():
         best: dict[str, Any] = {"reading": name, "gain": -torch.inf}
@@ -83,19 +82,18 @@ def run(progress: bool = False) -> dict[str, Any]:
 
     clock, rows, gains = time.monotonic(), [], {}
     nets: dict[str, Any] = {name: weights.load(file) for name, file in TRAINED.items()}
-    alone, middles = solver(), []
+    middles = []
     for name, printed in TABLE_5.items():
         scores: dict[str, list] = {}
         for rainy, clean in tqdm(rain(name), desc=name, disable=not progress):
             x, y = data.image(clean), data.image(rainy)
-            found = {"rainy": y, "alm": iterated(alone, y, ALONE)[0]}
-            found |= {method: iterated(net, y)[0] for method, net in nets.items()}
+            found = {"rainy": y} | {method: iterated(net, y)[0] for method, net in nets.items()}
             for method, restored in found.items():
                 restored = restored.clamp(0, 1).mul(255).round().div(255)
                 both = (restored, x), (luminance(restored), luminance(x))
                 scores.setdefault(method, []).append([s(*pair).item() for pair in both for s in (psnr, ssim)])
             if name == "rain100l":
-                middles.append((x[..., 64:224, 64:224], y[..., 64:224, 64:224]))
+                middles.append((x[..., 64:192, 64:192], y[..., 64:192, 64:192]))
         table = {method: torch.tensor(values, dtype=torch.float64) for method, values in scores.items()}
         for method, values in table.items():
             means = [round(v, 3 if i % 2 else 2) for i, v in enumerate(values.mean(0).tolist())]
@@ -110,14 +108,16 @@ def run(progress: bool = False) -> dict[str, Any]:
         "8 bits; gain: dB in colour above the rainy picture, losses: pictures that became worse; K: the depth of training",
         "rows": rows,
         "table_5": TABLE_5,
-        "at_least_4_db_above_the_rainy_pictures_of_rain100l": gains["hodl", "rain100l"] >= 4,
+        "at_least_4_db_above_the_rainy_pictures_of_rain100l": {method: gains[method, "rain100l"] >= 4 for method in TRAINED},
         "beyond": BEYOND,
-        "beyond_training_on_ten_centres": {method: beyond(net, middles[:10]) for method, net in nets.items()},
+        "beyond_training_on_six_centres": {
+            method: beyond(net, middles[:6]) for method, net in {"alm, untrained": solver(), **nets}.items()
+        },
         "readings": readings(),
         "lipschitz_bounds": {name: weights.card(file)["lipschitz_bound"] for name, file in TRAINED.items()},
         "parameters": {name: weights.card(file)["parameters"] for name, file in TRAINED.items()},
-        "why_they_differ": "the paper trains on pairs of the set that it tests, with the prior information of RCDNet, and "
-        "scores 100 pairs; here 44 and 10 are at hand, a tenth of a million weights saw drawn rain only, for "
-        f"{weights.card(NETWORK)['steps']} steps, and one network serves both sets",
+        "why_they_differ": "the paper scores 100 pairs a set and presumably trains on the set's own; here 44 and 10 are at "
+        "hand, fewer than 70,000 weights saw drawn rain only, for some hundred steps, and one network serves both sets. Its "
+        "prior information is that of RCDNet, which alone has 40.00 and 31.28 dB; that of `told` is odlkit's DGUNet",
         "seconds": round(time.monotonic() - clock),
-    } | provenance("hodl-rain", ("rain100l", "rain100h"), (1,), TRAINED.values())
+    } | provenance("hodl-rain", ("rain100l", "rain100h"), (1,), (*TRAINED.values(), ADVISER))
