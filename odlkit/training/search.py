@@ -31,7 +31,7 @@ from odlkit.training.rain import COLOUR, rainy, scenes
 
 SEARCH = {"steps": 100, "before": 30, "batch": 4, "size": 48, "lr": 3e-3, "alpha_lr": 3e-2, "xi": 1e-2}
 SMALLER: dict[str, Any] = {"stages": 1, "cells": (2, 1)}  # what is searched with, as DARTS searches with fewer cells
-SEEDS, STEPS = 2, 200  # of the comparison
+SEEDS, STEPS = 1, (200, 400)  # of the comparison
 DATA = f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, light after the search; 8 validate"
 
 Weights = dict[str, Tensor]
@@ -128,12 +128,13 @@ def held_pairs() -> list[tuple[Tensor, Tensor]]:
 
 
 def retrain(
-    out: Path, resume: bool, name: str, genotypes: tuple[Genotype, Genotype], *, steps: int, seed: int = 0,
+    out: Path, resume: bool, name: str, genotypes: tuple[Genotype, Genotype], *, steps: Sequence[int], seed: int = 0,
     size: int = 48, **options: Any,
 ) -> tuple[RainNet, dict]:  # fmt: skip
     """Train a discrete architecture from the beginning, through the stages of Algorithm 2; its network and its record.
 
-    Under light rain: a few hundred steps on heavy rain as well leave the light one nearly as it was.
+    Under light rain: a few hundred steps on heavy rain as well leave the light one nearly as it was.  ``steps`` are the ends
+    of phases, each with a cosine of its own from step 0, whose part before the phase is left out.
     """
     torch.manual_seed(seed)
     net, draw = RainNet(*genotypes, **options), partial(rainy, scenes()[0], 8, size, heavy=0.0)
@@ -143,25 +144,28 @@ def retrain(
         return log_error(net(y), x)
 
     score: Callable[[], float] = partial(held_score, net, held_pairs())
-    return net, fit(net, loss, steps=steps, lr=3e-3, out=out, name=name, seed=seed, resume=resume, validate=score, warmup=50)
+    record: dict = {}
+    for n in steps:
+        record = fit(net, loss, steps=n, lr=3e-3, out=out, name=name, seed=seed, resume=resume, validate=score, warmup=50)
+        resume = True
+    return net, record
 
 
 def architectures(out: Path, resume: bool, steps: int | None = None) -> dict[str, tuple[Genotype, Genotype]]:
-    """The searched architectures, second and first order, the hand-made one and three random ones, as many edges each."""
-    found: dict[str, tuple[Genotype, Genotype]] = {}
-    for order in (2, 1):
-        alpha = search(out, resume, order, steps=steps)
-        found["searched" if order == 2 else "searched-first-order"] = (
-            discretise(alpha["G.alpha"]),
-            discretise(alpha["d.alpha"]),
-        )
+    """The one of the second-order search, the hand-made one and three random ones, as many edges each.
+
+    The first-order search is run for its ``alpha``.
+    """
+    alpha = [search(out, resume, order, steps=steps) for order in (1, 2)][1]
+    found = {"searched": (discretise(alpha["G.alpha"]), discretise(alpha["d.alpha"])), "hand-made": (HAND_MADE, HAND_MADE)}
     generator = torch.Generator().manual_seed(0)
-    drawn = {f"random-{k}": (random_genotype(generator), random_genotype(generator)) for k in (1, 2, 3)}
-    return found | {"hand-made": (HAND_MADE, HAND_MADE)} | drawn
+    return found | {f"random-{k}": (random_genotype(generator), random_genotype(generator)) for k in (1, 2, 3)}
 
 
-def compare(out: Path, resume: bool = False, steps: int = STEPS, seeds: int = SEEDS, turns: int | None = None) -> None:
-    """Search, discretise, train every architecture alike from several seeds; one file of weights for all of them."""
+def compare(
+    out: Path, resume: bool = False, steps: Sequence[int] = STEPS, seeds: int = SEEDS, turns: int | None = None
+) -> None:
+    """Search, discretise, train every architecture alike from each seed; one file of weights for all of them."""
     clock, nets, about, total = time.monotonic(), nn.ModuleDict(), {}, 0
     chosen = architectures(out, resume, turns)
     for seed in range(seeds):
@@ -186,7 +190,7 @@ def compare(out: Path, resume: bool = False, steps: int = STEPS, seeds: int = SE
     save_weights(nets, out / "gdc-search.safetensors", card, torch.float16)
 
 
-def derain(out: Path, resume: bool = False, steps: int = 1000, width: int = 12) -> None:
+def derain(out: Path, resume: bool = False, steps: Sequence[int] = (1000, 1300), width: int = 12) -> None:
     """What is shipped: the second-order architecture, wider and trained longer, on larger patches."""
     here = out / "gdc-search-order-2.json"
     found = json.loads(here.read_text()) if here.exists() else weights.card("gdc-search")["search"]["orders"]["2"]
