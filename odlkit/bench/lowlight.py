@@ -16,6 +16,7 @@ from odlkit import data, weights
 from odlkit.bench import each, provenance
 from odlkit.metrics import gmsd, psnr, ssim
 from odlkit.models.hodl_light import radiance
+from odlkit.tasks.denoise import denoise
 from odlkit.tasks.lowlight import enhance
 from odlkit.training.light import lol
 
@@ -45,13 +46,14 @@ def equalized(y: Tensor, local: bool) -> Tensor:
 def results(y: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Method -> picture, and the report of HODL."""
     net: Any = weights.load("hodl-light")
-    x, told = enhance(y, "hodl")
+    (x, told), classical = enhance(y, "hodl"), enhance(y, "retinex")[0]
     return {
         "input": y,
         "gamma 1/2.2": y ** (1 / 2.2),
         "histogram equalization": equalized(y, False),
         "CLAHE": equalized(y, True),
-        "retinex": enhance(y, "retinex")[0],
+        "retinex": classical,
+        "retinex, denoised": denoise(classical)[0].clamp(0, 1),
         "phi of hodl, no network": radiance(y, net.given(y).phi, net.block),
         "hodl": x,
         "hodl-denoised": enhance(y, "hodl-denoised")[0],
@@ -85,7 +87,9 @@ def run(progress: bool = False) -> dict[str, Any]:
         "claim": f"LOL, {len(pairs)} of its 15 evaluation pairs: mean PSNR in dB, SSIM, GMSD (0 is best; not LPIPS)",
         "pairs": [name for name, _, _ in pairs],
         "rows": rows,
-        "each_pair": {m: [round(v[0], 2) for v in found[m]] for m in ("retinex", "hodl", "hodl-denoised")},
+        "each_pair": {
+            m: [round(v[0], 2) for v in found[m]] for m in ("retinex", "retinex, denoised", "hodl", "hodl-denoised")
+        },
         "means": {
             "truth": [round(x.mean().item(), 3) for _, _, x in pairs],
             "hodl": [round(v[4], 3) for v in found["hodl"]],
