@@ -180,15 +180,15 @@ def conv(inputs: int, outputs: int, dilation: int = 1, bias: bool = True) -> nn.
 
 
 class Prior(nn.Module):
-    """What the data say of scene and streaks, once for all iterations: ``(B, inputs, H, W) -> (B, outputs, H, W)``.
+    """What the picture says of scene and streaks, once for all iterations: ``(B, 3, H, W) -> (B, outputs, H, W)``.
 
     Sides are even.  A few dilated convolutions at half the size.  No iterate enters, so no bound is asked of it.
     Source: HODL section 6.2, "some prior information of u_r is employed as input".
     """
 
-    def __init__(self, inputs: int, width: int, outputs: int):
+    def __init__(self, width: int, outputs: int):
         super().__init__()
-        self.head, self.tail = conv(4 * inputs, width), conv(width // 4 + inputs, outputs)
+        self.head, self.tail = conv(12, width), conv(width // 4 + 3, outputs)
         self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), conv(width, width, d), nn.ReLU(), conv(width, width))
                                     for d in (1, 2, 4))  # fmt: skip
 
@@ -202,28 +202,26 @@ class Prior(nn.Module):
 class Streaks(nn.Module):
     """``T = I + alpha (D_num o D_net - I)`` of `Split`, directional, with D_net on ``(u_b, u_r)``; s passes it unchanged.
 
-        u_b <- a + c A_2 relu(A_1 u_r + P_1(b)),    u_r <- a_r + c B_3 relu(B_2 relu(B_1 (u_b, u_r) + P_2(b)))
+        u_b <- b + c A_2 relu(A_1 u_r + P_1(b)),    u_r <- c B_3 relu(B_2 relu(B_1 (u_b, u_r) + P_2(b)))
 
     at once, with convolutions A, B and P of `Prior`.  Each is non-expansive in u when its convolutions are, but both see
     u_r: together they may have the constant sqrt(2), hence ``c = 1 / sqrt(2)``.  With ``bounded=False`` the convolutions
     are free and c = 1: no theorem.  ``P_1, P_2`` are free in any case, and so is the factor from 1/20 to 20 by which the
     network of the data multiplies each kappa at each pixel: weights that depend on the data alone leave the split convex.
-    ``a`` is b itself and ``a_r = 0``; or, with ``told``, a scene that another network found in b, and the streaks that this
-    leaves, which P sees too: prior information, as the paper takes it from another network.
     With ``width=0`` D_net is the identity: the numbers of D_num are all that is learned (UNH).
     kappa, beta and gamma are learned as logarithms.  What is restored is u_b after ``depth`` steps.
     Eq: HODL (3).  Source: HODL section 6.2, a two-layer network for u_b, a three-layer one for u_r.
     """
 
     def __init__(self, width: int = 12, prior: int = 32, depth: int = 5, bounded: bool = True, alpha: float = 0.95,
-                 start: dict[str, float] | None = None, told: bool = False):  # fmt: skip
+                 start: dict[str, float] | None = None):  # fmt: skip
         super().__init__()
         self.start = START | (start or {})
         self.config: dict[str, Any] = {"width": width, "prior": prior, "depth": depth, "bounded": bounded, "alpha": alpha,
-                                       "start": self.start, "told": told}  # fmt: skip
+                                       "start": self.start}  # fmt: skip
         self.depth, self.alpha, self.bounded, self.share = depth, alpha, bounded, 0.5**0.5 if bounded else 1.0
         sizes = [(1, width), (width, 3)], [(4, width), (width, width), (width, 1)]
-        self.prior = Prior(6 if told else 3, prior, 2 * width + len(KAPPA)) if width else nn.Identity()
+        self.prior = Prior(prior, 2 * width + len(KAPPA)) if width else nn.Identity()
         self.scene, self.rain = (nn.ModuleList(conv(*pair, bias=False) for pair in pairs if width) for pairs in sizes)
         self.logs = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in START})
 
@@ -238,33 +236,31 @@ class Streaks(nn.Module):
             kappa = kappa * (RANGE * weigh.tanh()).exp()
         return Split(b, *reading("directional", b), kappa[:, :1], kappa[:, 1:], self.number("beta"), self.number("gamma"))
 
-    def network(self, split: Split, seen_b: Tensor, seen_r: Tensor, told: Tensor | None = None) -> Map:
-        """D_net on the state of ``split``, ``seen_b`` and ``seen_r`` being P_1 and P_2 of its data, ``told`` being a."""
-        a = split.b if told is None else told
-        a_r = (split.b - a).mean(1, keepdim=True).clamp_min(0)
+    def network(self, split: Split, seen_b: Tensor, seen_r: Tensor) -> Map:
+        """D_net on the state of ``split``, ``seen_b`` and ``seen_r`` being P_1 and P_2 of its data."""
 
         def step(z: Tensor, params: Any = None, k: int = 0) -> Tensor:
             u_b, u_r, *rest = split.parts(z)
-            new_b = a + self.share * self.scene[1]((self.scene[0](u_r) + seen_b).relu())
+            new_b = split.b + self.share * self.scene[1]((self.scene[0](u_r) + seen_b).relu())
             hidden = self.rain[1]((self.rain[0](torch.cat([u_b, u_r], 1)) + seen_r).relu())
-            return torch.cat([new_b, a_r + self.share * self.rain[2](hidden.relu()), *rest], 1)
+            return torch.cat([new_b, self.share * self.rain[2](hidden.relu()), *rest], 1)
 
         return step
 
-    def map(self, b: Tensor, told: Tensor | None = None) -> tuple[Map, Split]:
+    def map(self, b: Tensor) -> tuple[Map, Split]:
         """T, and the problem, which has the start and takes the state apart."""
         if not self.scene:
             split = self.split(b)
             return averaged(split.step, self.alpha), split
         width = self.config["width"]
-        seen = b if told is None else torch.cat([b, told], 1)
-        seen_b, seen_r, weigh = self.prior(seen).split([width, width, len(KAPPA)], 1)
+        seen_b, seen_r, weigh = self.prior(b).split([width, width, len(KAPPA)], 1)
         split = self.split(b, weigh)
-        return averaged(compose(split.step, self.network(split, seen_b, seen_r, told)), self.alpha), split
+        return averaged(compose(split.step, self.network(split, seen_b, seen_r)), self.alpha), split
 
-    def forward(self, y: Tensor, steps: int | None = None, told: Tensor | None = None) -> list[Tensor]:
-        """``u_b^1 ... u_b^K`` for pictures ``(B, 3, H, W)`` in [0, 1] of any size; ``told`` is a, like y, where used."""
-        T, split = self.map(padded(y), None if told is None else padded(told))
+    def forward(self, y: Tensor, steps: int | None = None) -> list[Tensor]:
+        """``u_b^1 ... u_b^K`` for pictures ``(B, 3, H, W)`` in [0, 1] of any size."""
+        b = padded(y)
+        T, split = self.map(b)
         z, found = split.start(), []
         for k in range(steps or self.depth):
             z = T(z, None, k)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from odlkit import weights
@@ -18,18 +17,12 @@ from odlkit.propagate import Result, propagate
 from odlkit.tasks.deblur_hodl import krasnoselskii_mann
 from odlkit.tasks.report import Outcome
 
-NETWORK, ADVISER = "hodl-rain-told", "dgunet-derain"
+NETWORK = "hodl-rain"
 
 
 def iterated(net: Streaks, y: Tensor, steps: int | None = None, progress: bool = False) -> tuple[Tensor, Result]:
-    """Run T as often as in training or ``steps`` times on ``y`` ``(B, 3, H, W)``: u_b, and the run with its energies.
-
-    A network that wants to be told is told what DGUNet makes of y, once.
-    """
-    adviser: Any = weights.load(ADVISER).to(y) if net.config["told"] else None
-    with torch.no_grad():
-        told = adviser(y)[-1].clamp(0, 1) if adviser is not None else None
-        T, split = net.map(padded(y), None if told is None else padded(told))
+    """Run T as often as in training or ``steps`` times on ``y`` ``(B, 3, H, W)``: u_b, and the run with its energies."""
+    T, split = net.map(padded(y))
     start = split.start()
     problem = Problem(LeastSquares(Identity(), split.b))  # of which the step needs nothing
     result = propagate(Iteration(T, split), problem, start, steps=steps or net.depth, progress=progress)

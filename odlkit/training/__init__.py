@@ -34,7 +34,6 @@ RECIPES = {
     "hodl-rain": "odlkit.training.hodl_rain:bounded",
     "hodl-rain-free": "odlkit.training.hodl_rain:free",
     "hodl-rain-numbers": "odlkit.training.hodl_rain:numbers",
-    "hodl-rain-told": "odlkit.training.hodl_rain:told",
     "hodl-light": "odlkit.training.light:light",
 }
 

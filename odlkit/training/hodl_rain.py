@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from odlkit import weights
 from odlkit.metrics import psnr
 from odlkit.models.hodl_rain import Streaks, certified, lipschitz, normalized
 from odlkit.training.loop import fit, log_error, save_weights
@@ -23,7 +22,6 @@ from odlkit.training.rain import COLOUR, HELD_OUT, rainy, scenes
 
 BATCH, SIDE, HEAVY = 4, 80, 0.1
 PRIOR = 32
-TRUSTING = {"kappa_b": 0.003, "along": 0.005, "sparse": 0.003, "gamma": 2.0}  # to begin near what one is told
 
 
 def held_out() -> list[tuple[Tensor, Tensor]]:
@@ -41,22 +39,16 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
     device = best_device()
     net = normalized(Streaks(**{"prior": PRIOR} | changes)).to(device)
     images, tests = scenes()[0], held_out()
-    adviser: Any = weights.load("dgunet-derain").to(device) if net.config["told"] else None
-
-    def restore(y: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            told = adviser(y)[-1].clamp(0, 1) if adviser is not None else None
-        return net(y, told=told)
 
     def loss(generator: torch.Generator) -> Tensor:
         x, y = (t.to(device) for t in rainy(images, BATCH, SIDE, generator, HEAVY))
         with parametrize.cached():
-            return log_error(restore(y), x)
+            return log_error(net(y), x)
 
     def validate() -> float:
         net.eval()
         with torch.no_grad():
-            scores = [psnr(restore(y.to(device))[-1].cpu().clamp(0, 1), x).item() for x, y in tests]
+            scores = [psnr(net(y.to(device))[-1].cpu().clamp(0, 1), x).item() for x, y in tests]
         net.train()
         return sum(scores) / len(scores)
 
@@ -76,13 +68,5 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
 
 
 bounded = partial(train, "hodl-rain", "networks normalized, so that T is non-expansive")
-told = partial(
-    train,
-    "hodl-rain-told",
-    "normalized, and told what the shipped DGUNet makes of the picture",
-    steps=300,
-    told=True,
-    start=TRUSTING,
-)
 free = partial(train, "hodl-rain-free", "nothing bounds the networks' Lipschitz constants", bounded=False)
 numbers = partial(train, "hodl-rain-numbers", "no network, the numbers of the solver alone (UNH)", steps=200, width=0)
