@@ -76,6 +76,7 @@ def rain_1(pair):
         b, p, q, t = randn(2, 3, 5), randn(2, 3, 5), randn(2, 3, 5), 0.7
         u_b, u_r = pair(b, p, q, t)
         yield like(u_b, b)
+        yield like(u_r, b)
         yield "only light", u_r.min() >= 0, "Some u_r is negative."
         miss = u_b + u_r - b
         flat = (miss + t * (u_b - p)).abs().max() < 1e-9
@@ -128,8 +129,53 @@ def light_2(best):
 
 
 @exercise
+def search_1(kept):
+    """``kept(a, targets)``: for each node in rising order ``(edge, operator)`` of the largest share of ``softmax(a)``."""
+    for randn in draws():
+        targets = [1, 2, 2, 3, 3, 3]
+        a, fair = randn(6, 5), True
+        got = kept(a, targets)
+        yield "one edge a node", [targets[e] for e, _ in got] == [1, 2, 3], "Expected one edge into each of nodes 1, 2, 3."
+        p = a.softmax(1)
+        strongest = all(p[e, k] == p[[t == targets[e] for t in targets]].max() for e, k in got)
+        yield "the largest share", strongest, "Some edge into the same node has an operator with a larger share."
+        for e in range(6):
+            shifted = a.clone()
+            shifted[e] += 9
+            fair = fair and kept(shifted, targets) == got
+        yield "shares only", fair, "A constant added to a row changes no share, and here it changes the choice."
+
+
+@exercise
+def search_2(gradient):
+    """``gradient(train, val, w, a, xi)``: ``d/da val(w - xi d train/dw(w, a), a)``, like a, of losses of (w, a)."""
+    for randn in draws():
+        M, N, w, a = randn(4, 4), randn(4, 3), randn(4), randn(3)
+
+        def train(w, a, M=M, N=N):
+            return (M @ w - (N @ a).tanh()).square().sum() + (w * (N @ a)).sum()
+
+        def val(w, a, M=M):
+            return (M.T @ w).tanh().square().sum() + a.square().sum() * w.sum()
+
+        def exact(a, xi, w=w, train=train, val=val):
+            return val(w - xi * torch.func.grad(train)(w, a), a)
+
+        got = gradient(train, val, w, a, 0.05)
+        yield like(got, a)
+        first = gradient(train, val, w, a, 0.0)
+        yield (
+            "first order at xi = 0",
+            torch.allclose(first, torch.func.grad(val, 1)(w, a)),
+            "At xi = 0 only the direct term is left.",
+        )
+        fits = torch.allclose(got, torch.func.grad(exact)(a, 0.05), rtol=1e-5, atol=1e-6)
+        yield "second order", fits, "It is not the derivative through the step; both derivatives of val belong after it."
+
+
+@exercise
 def flow_1(prox):
-    """``prox(r, a, u_0, z, tau)``: u least in ``(r + a . (u - u_0))^2 + |u - z|^2 / (2 tau)``, r (B, 1, H, W), a (B, 2, H, W)."""
+    """``prox(r, a, u_0, z, tau)``: u (B, 2, H, W) least in ``(r + a . (u - u_0))^2 + |u - z|^2 / (2 tau)``, r (B, 1, H, W)."""
     for randn in draws():
         r, a, u_0, z, tau = randn(2, 1, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), 0.7
         got = prox(r, a, u_0, z, tau)
