@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softshrink
 
 from odlkit.linear import LinearMap, NotConverged, as_operator
-from odlkit.operators import Gradient, Operator
+from odlkit.operators import Gradient, Operator, Wavelet
 from odlkit.problem import Prior, sum_items
 
 Weight = Tensor | float
@@ -275,3 +275,13 @@ class SparseBox:
         gain = clamped * (2 * flat - clamped)  # = z^2 - (z - P)^2, without its cancellation
         best = gain.topk(min(self.sparsity, flat.shape[1]), dim=1).indices
         return torch.zeros_like(flat).scatter(1, best, clamped.gather(1, best)).view_as(z)
+
+
+def details(z: Tensor, weight: Tensor | float, p: float = 1.0, wavelet: str = "haar", levels: int = 3) -> Analysis:
+    """``weight ||W x||_p^p`` on all but the coarse band of an orthonormal wavelet transform, for images like ``z``.
+
+    ``z`` is ``(B, C, H, W)`` with sides that ``2 ** levels`` divides, ``weight`` a number or ``(B, 1, 1, 1)``.
+    """
+    fine = torch.ones_like(z[:1, :1])
+    fine[..., : z.shape[-2] >> levels, : z.shape[-1] >> levels] = 0
+    return Analysis(Wavelet(wavelet, levels), Lp(p, weight * fine))

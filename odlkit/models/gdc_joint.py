@@ -13,8 +13,7 @@ from odlkit.models.gdc import Corrective, Discriminative, Generative, Module
 from odlkit.models.padnet import Schedule
 from odlkit.networks.classifier import Classifier
 from odlkit.networks.conv import ConvUnit
-from odlkit.operators import Wavelet
-from odlkit.priors import Analysis, Lp
+from odlkit.priors import details
 from odlkit.problem import LeastSquares, Problem
 
 HAAR = 3  # levels of the wavelet prior: both sides of an image are multiples of 2^3
@@ -77,10 +76,8 @@ class CascadeNet(nn.Module):
         fidelity = LeastSquares(operator, y, 2.0)
         if "lambda" not in self.factors:
             return Problem(fidelity)
-        details = torch.ones_like(y[:1, :1])
-        details[..., : y.shape[-2] >> HAAR, : y.shape[-1] >> HAAR] = 0  # the coarse band is not penalised
-        weight = self.factor("lambda", 0, sigma) * sigma.square() * details
-        return Problem(fidelity, Analysis(Wavelet("haar", HAAR), Lp(self.config["p"], weight)))
+        weight = self.factor("lambda", 0, sigma) * sigma.square()
+        return Problem(fidelity, details(y, weight, self.config["p"], levels=HAAR))
 
     def modules_for(self, sigma: Tensor, guide: Tensor | None = None) -> Sequence[Module]:
         """One stage, for `odlkit.models.gdc.Cascade`; ``sigma`` is ``(B, 1, 1, 1)``, ``guide`` ``(B or 1, 1, H, W)``."""

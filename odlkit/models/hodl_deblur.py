@@ -13,8 +13,7 @@ from odlkit.linear import LinearMap
 from odlkit.models.gdc_joint import HAAR, REFERENCE, SPEED
 from odlkit.models.hodl import Map, averaged, compose, half_quadratic, proximal_gradient
 from odlkit.networks import UNet
-from odlkit.operators import Wavelet
-from odlkit.priors import Analysis, Lp
+from odlkit.priors import details
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Record, State
 
@@ -83,10 +82,8 @@ class Deconvolution(nn.Module):
         ``envelope=False`` takes ``||Q u - b||^2`` itself at step ``1 / (2 ||Q||^2)``, half the largest that is
         non-expansive: many more iterations.
         """
-        fidelity, details = LeastSquares(operator, b, 2.0), torch.ones_like(b[:1, :1])
-        details[..., : b.shape[-2] >> HAAR, : b.shape[-1] >> HAAR] = 0
         kappa = self.config["start"]["kappa"] * sigma.square() * self.factor("kappa", sigma)
-        prior = Analysis(Wavelet("haar", HAAR), Lp(1, kappa * details))
+        fidelity, prior = LeastSquares(operator, b, 2.0), details(b, kappa, levels=HAAR)
 
         def prox_f(v: Tensor, size: Any, params: Any) -> Tensor:
             return fidelity.prox(v, size)

@@ -19,8 +19,8 @@ from torch.nn import functional as nnf
 from odlkit import weights
 from odlkit.linear import conjugate_gradient
 from odlkit.models.padnet import Constants, Explicit, Implicit, Schedule
-from odlkit.operators import Blur, Gradient, Wavelet
-from odlkit.priors import Analysis, GroupLp, Lp
+from odlkit.operators import Blur, Gradient
+from odlkit.priors import Analysis, GroupLp, Lp, details
 from odlkit.problem import LeastSquares, LinkedGradient, Problem, norm_items
 from odlkit.propagate import Result, propagate
 from odlkit.propositions.padnet import bounded_moves
@@ -30,6 +30,7 @@ from odlkit.tasks.deblur_gdc import gdc, gdc_pcm
 from odlkit.tasks.deblur_hodl import hodl, nonexpansive
 from odlkit.tasks.deblur_podm import podm, rpodm
 from odlkit.tasks.report import (
+    FISTA_WORDS,
     ROUND_OFF,
     Model,
     Outcome,
@@ -40,6 +41,7 @@ from odlkit.tasks.report import (
     good_size,
     report,
     unit_kernel,
+    unproved,
 )
 from odlkit.tasks.tiles import in_parts
 
@@ -270,7 +272,7 @@ def _tv(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) 
 
 def _l08(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
     weight = L08_FACTOR * sigma**2
-    words = {"guarantee": "none", "statement": "no theorem covers ADMM on this nonconvex energy as it is run", "holds": None}
+    words = unproved("no theorem covers ADMM on this nonconvex energy as it is run")
     return _admm(z, blur, Lp(0.8, weight), L08_PENALTY * weight, words, steps, progress)
 
 
@@ -283,9 +285,7 @@ def _admm(z: Tensor, blur: Blur, prior: Any, penalty: float, words: dict, steps:
 
 def wavelet_prior(z: Tensor, weight: float) -> Analysis:
     """``weight ||W x||_1`` on all but the coarse band, for images like ``z``."""
-    weights_ = torch.full_like(z[:1], weight)
-    weights_[..., : z.shape[-2] >> LEVELS, : z.shape[-1] >> LEVELS] = 0  # the coarse band is not penalised
-    return Analysis(Wavelet(WAVELET, LEVELS), Lp(1, weights_))
+    return details(z, weight, wavelet=WAVELET, levels=LEVELS)
 
 
 def _fista(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
@@ -293,12 +293,8 @@ def _fista(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: boo
         raise ValueError(f"boundary: fista-wavelet with circular expects sides that are multiples of {2**LEVELS}")
     problem = Problem(LeastSquares(blur, z), wavelet_prior(z, WAVELET_FACTOR * sigma**2))
     result = propagate(FISTA(), problem, z, steps=steps or CLASSICAL_STEPS, tol=TOLERANCE, progress=progress)
-    words = {
-        "guarantee": "FISTA on a convex energy, step size 1 / L (known theory)",
-        "statement": "F(x^k) - min F <= 2 L ||x^0 - x*||^2 / (k + 1)^2",
-        "holds": True,
-    }
-    return Outcome(result.x, result, words | {"L": problem.lipschitz, "residual": problem.residual(result.x).max().item()})
+    words = FISTA_WORDS | {"L": problem.lipschitz, "residual": problem.residual(result.x).max().item()}
+    return Outcome(result.x, result, words)
 
 
 MODELS = {  # each run as run(z, blur, sigma, steps, progress)

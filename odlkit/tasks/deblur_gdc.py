@@ -16,11 +16,11 @@ from odlkit.certify import inequality
 from odlkit.models.gdc import Cascade, Corrective, FullyDefined, Levels, Module, scheme
 from odlkit.models.gdc_joint import CascadeNet
 from odlkit.models.padnet import Schedule
-from odlkit.operators import Blur, Wavelet
-from odlkit.priors import Analysis, Lp
+from odlkit.operators import Blur
+from odlkit.priors import details
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
-from odlkit.tasks.report import ROUND_OFF, Outcome
+from odlkit.tasks.report import ROUND_OFF, Outcome, unproved
 
 HAAR, FACTOR = 3, 36.0  # levels of the wavelets; lambda = FACTOR sigma^2
 START, FIRST, TRUST = 8, 0.2, 0.25  # stages of the start, the level of its first, and the factor of its gamma
@@ -40,8 +40,7 @@ def gdc(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) 
     """The cascade of all three modules, trained jointly (GDC, Table IV)."""
     net: Any = weights.load("gdc-deblur-gdc").to(z)
     result = cascaded(net, z, blur, sigma, steps, progress)
-    words = {"guarantee": "none", "statement": "stages trained jointly and run unchecked: no theorem", "holds": None}
-    return Outcome(result.x, result, words)
+    return Outcome(result.x, result, unproved("stages trained jointly and run unchecked: no theorem"))
 
 
 def gdc_pcm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:
@@ -50,9 +49,7 @@ def gdc_pcm(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bo
     From the data themselves hardly a proposal lowers this energy, so what the modules know has to be in the start.
     """
     network, classifier = (weights.load(name).to(z) for name in ("gdc-generator", "gdc-classifier"))
-    weight = torch.full_like(z[:1], FACTOR * sigma**2)
-    weight[..., : z.shape[-2] >> HAAR, : z.shape[-1] >> HAAR] = 0  # the coarse band is not penalised
-    problem = Problem(LeastSquares(blur, z, 2.0), Analysis(Wavelet("haar", HAAR), Lp(1, weight)))
+    problem = Problem(LeastSquares(blur, z, 2.0), details(z, FACTOR * sigma**2, levels=HAAR))
     schedule = Schedule.between(max(FIRST, sigma), sigma, START)
     step = weights.card("gdc-classifier")["schedule"]["step"]
 

@@ -16,7 +16,7 @@ from odlkit.models.hodl_deblur import Deconvolution, Iteration
 from odlkit.operators import Blur
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
-from odlkit.tasks.report import ROUND_OFF, Outcome
+from odlkit.tasks.report import ROUND_OFF, Outcome, unproved
 
 NAMES = {"hodl": "hodl-deblur", "hodl-nonexpansive": "hodl-deblur-nonexpansive"}
 
@@ -36,12 +36,8 @@ def hodl(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool)
     """HODL with a network whose Lipschitz constant nothing holds to 1: no theorem."""
     net: Any = weights.load(NAMES["hodl"]).to(z)
     x, result = iterated(net, z, blur, sigma, steps, progress)
-    words = {
-        "guarantee": "none",
-        "statement": "trained hierarchically; nothing holds the network's Lipschitz constant to 1, so no theorem applies",
-        "holds": None,
-    }
-    return Outcome(x, result, words)
+    why = "trained hierarchically; nothing holds the network's Lipschitz constant to 1, so no theorem applies"
+    return Outcome(x, result, unproved(why))
 
 
 def nonexpansive(z: Tensor, blur: Blur, sigma: float, steps: int | None, progress: bool) -> Outcome:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from odlkit import weights
 from odlkit.models.padnet import Schedule
 from odlkit.models.podm import PODM, Constants, Relaxed
-from odlkit.operators import Blur, Wavelet
-from odlkit.priors import Analysis, Box, Lp
+from odlkit.operators import Blur
+from odlkit.priors import Box, details
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
 from odlkit.solvers import PlugAndPlay, tikhonov
@@ -58,9 +57,7 @@ def podm_setup(z: Tensor, blur: Blur, sigma: float, factor: float = FACTOR) -> t
     has the weight ``mu = 2 TRUST (sigma / alpha)^2``, a part of what noise of level alpha in ``x_A`` would ask for.
     """
     network = weights.load("podm-denoiser").to(z)
-    levels = torch.full_like(z[:1], factor * sigma**2)
-    levels[..., : z.shape[-2] >> LEVELS, : z.shape[-1] >> LEVELS] = 0
-    problem = Problem(LeastSquares(blur, z, 2.0), Analysis(Wavelet("haar", LEVELS), Lp(0.8, levels)))
+    problem = Problem(LeastSquares(blur, z, 2.0), details(z, factor * sigma**2, 0.8, levels=LEVELS))
     constants = Constants.for_lipschitz(problem.lipschitz)
     constants.check(problem.lipschitz)
     schedule = Schedule.between(max(FIRST, sigma), sigma, START)

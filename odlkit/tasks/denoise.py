@@ -21,7 +21,7 @@ from odlkit.propagate import propagate
 from odlkit.solvers import ProximalGradient
 from odlkit.tasks.deblur import at_levels
 from odlkit.tasks.dgunet import blind
-from odlkit.tasks.report import Model, Outcome, check_image, check_model, check_sigma, recorded, report
+from odlkit.tasks.report import Model, Outcome, check_image, check_model, check_sigma, recorded, report, unproved
 from odlkit.tasks.tiles import in_parts
 
 WAVELET, WAVELET_LEVELS = "db4", 4
@@ -103,7 +103,7 @@ def _wavelet(y: Tensor, sigma: float) -> Outcome:
 
 
 def _formula(x: Tensor, y: Tensor, statement: str) -> Outcome:
-    return Outcome(x, recorded([x], y), {"guarantee": "none", "statement": statement, "holds": None})
+    return Outcome(x, recorded([x], y), unproved(statement))
 
 
 MODELS = {  # each run as run(y, sigma)

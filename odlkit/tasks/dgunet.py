@@ -19,7 +19,7 @@ from odlkit.operators import Blur, BlurDecimate, Mask
 from odlkit.problem import norm_items
 from odlkit.propagate import PropagationError, Status
 from odlkit.solvers import tikhonov
-from odlkit.tasks.report import Outcome, recorded, report
+from odlkit.tasks.report import Outcome, recorded, report, unproved
 from odlkit.tasks.tiles import in_parts
 
 KNOWN, MOTION = "dgunet-known", "dgunet-deblur"  # the shipped networks
@@ -44,7 +44,7 @@ def staged(
     if operator is not None:
         for row, image in zip(result.trace.rows, images, strict=True):
             row["misfit"] = norm_items(operator.A(image) - y)
-    return Outcome(result.x, result, {"guarantee": "none", "statement": PLAIN, "holds": None})
+    return Outcome(result.x, result, unproved(PLAIN))
 
 
 def blind(name: str, y: Tensor, stages: int | None, more: str) -> Outcome:

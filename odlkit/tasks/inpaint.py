@@ -16,13 +16,13 @@ from odlkit import weights
 from odlkit.certify import descent
 from odlkit.linear import conjugate_gradient
 from odlkit.models.gdc import Cascade
-from odlkit.operators import Gradient, Mask, Wavelet
-from odlkit.priors import Analysis, GroupLp, Lp
+from odlkit.operators import Gradient, Mask
+from odlkit.priors import GroupLp, details
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, State, Status, Trace, propagate
 from odlkit.solvers import ADMM, ProximalGradient
 from odlkit.tasks import dgunet
-from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_model, good_size, report
+from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_model, good_size, report, unproved
 
 LEVEL = 5e-4  # sigma that stands for data without noise: known pixels count as exact beside the levels of the network
 HAAR = 3  # levels of the wavelet baseline
@@ -121,19 +121,12 @@ def _gdc(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progress: bo
     problem = net.problem(Mask(mask), y, sigma)  # type: ignore[operator]
     step = Cascade(net.modules_for(sigma, mask))  # type: ignore[operator]
     result = propagate(step, problem, start, steps=steps or net.stages, progress=progress)  # type: ignore[arg-type]
-    x = result.x.reshape(shape)
-    words = {
-        "guarantee": "none",
-        "statement": "stages trained jointly and run unchecked; no theorem covers them",
-        "holds": None,
-    }
-    return Outcome(x, result, words)
+    words = unproved("stages trained jointly and run unchecked; no theorem covers them")
+    return Outcome(result.x.reshape(shape), result, words)
 
 
 def _haar(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progress: bool) -> Outcome:
-    weight = torch.full_like(y[:1, :1], HAAR_WEIGHT)
-    weight[..., : y.shape[-2] >> HAAR, : y.shape[-1] >> HAAR] = 0
-    problem = Problem(LeastSquares(Mask(mask), y), Analysis(Wavelet("haar", HAAR), Lp(0.8, weight)))
+    problem = Problem(LeastSquares(Mask(mask), y), details(y, HAAR_WEIGHT, 0.8, levels=HAAR))
     step = ProximalGradient(0.99)
     result = propagate(step, problem, start, steps=steps or HAAR_STEPS, tol=TOLERANCE, progress=progress)
     fall = descent(result.trace, 0.5 / 0.99 - 0.5, slack=ROUND_OFF)
@@ -168,7 +161,7 @@ def _biharmonic(y: Tensor, mask: Tensor, start: Tensor, steps: int | None, progr
         for item, known in zip(y, mask, strict=True)
     ]
     x = torch.stack([torch.as_tensor(item).permute(2, 0, 1) for item in filled]).to(y)
-    words = {"guarantee": "none", "statement": "a linear system in each hole, solved by scikit-image", "holds": None}
+    words = unproved("a linear system in each hole, solved by scikit-image")
     return Outcome(x, Result(x, Status.CONVERGED, 1, 0.0, Trace(), State(x)), words)
 
 

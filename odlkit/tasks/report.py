@@ -35,6 +35,18 @@ class Model:
     what: str
 
 
+FISTA_WORDS = {
+    "guarantee": "FISTA on a convex energy, step size 1 / L (known theory)",
+    "statement": "F(x^k) - min F <= 2 L ||x^0 - x*||^2 / (k + 1)^2",
+    "holds": True,
+}
+
+
+def unproved(statement: str) -> dict[str, Any]:
+    """The certificate of a run that no theorem covers."""
+    return {"guarantee": "none", "statement": statement, "holds": None}
+
+
 def unit_kernel(kernel: Tensor, limit: tuple[int, int], than: str) -> tuple[Tensor, list[str]]:
     """``kernel`` ``(h, w)`` scaled to sum 1 in float64, and notes.  Raises ``ValueError`` unless it can be a blur kernel.
 

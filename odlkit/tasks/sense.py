@@ -25,7 +25,7 @@ from odlkit.propagate import Result, propagate
 from odlkit.solvers import FISTA
 from odlkit.tasks.deblur import wavelet_prior
 from odlkit.tasks.dgunet import staged
-from odlkit.tasks.report import Model, Outcome, check_finite, check_image, check_model, report
+from odlkit.tasks.report import FISTA_WORDS, Model, Outcome, check_finite, check_image, check_model, report
 from odlkit.tasks.tiles import in_parts
 
 # (1/2) ||A x - y||^2 + weight R: weight and steps, chosen on the validation part of train400 for the matrices at 10 and
@@ -146,12 +146,7 @@ def fista(
 
 def _classical(net: Sensing, y: Tensor, steps: int | None, progress: bool, name: str) -> Outcome:
     result = fista(net.operator, y, name, steps=steps, progress=progress)
-    words = {
-        "guarantee": "FISTA on a convex energy, step size 1 / L (known theory)",
-        "statement": "F(x^k) - min F <= 2 L ||x^0 - x*||^2 / (k + 1)^2",
-        "holds": True,
-    }
-    return Outcome(result.x, result, words)
+    return Outcome(result.x, result, dict(FISTA_WORDS))
 
 
 def _dgunet(net: Sensing, y: Tensor, steps: int | None, progress: bool) -> Outcome:

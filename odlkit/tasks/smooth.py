@@ -23,12 +23,12 @@ from odlkit import weights
 from odlkit.certify import descent
 from odlkit.linear import Operator
 from odlkit.models.gdc import Cascade, Discriminative, FullyDefined, Generative, Module, cascade
-from odlkit.operators import Gradient, Identity, Wavelet
-from odlkit.priors import Analysis, GroupLp, Lp
+from odlkit.operators import Gradient, Identity
+from odlkit.priors import GroupLp, details
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Step, propagate
 from odlkit.solvers import ProximalGradient
-from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_finite, check_model, good_size, report
+from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_image, check_model, good_size, report
 
 LAST = 1e4  # beta grows up to here, where D S and h differ by less than a gray level
 WAVELET = 3  # levels of the Haar transform
@@ -47,9 +47,7 @@ def smooth(
     """
     clock = time.monotonic()
     check_model(model, MODELS)
-    if y.dim() != 4 or not y.is_floating_point():
-        raise ValueError(f"input: expected a floating point tensor (B, C, H, W), got {tuple(y.shape)} of {y.dtype}")
-    check_finite(y)
+    check_image(y)
     if not 0 < strength < 1:
         raise ValueError(f"strength: expected a number in (0, 1), the price of an edge pixel, got {strength}")
     height, width = y.shape[-2:]
@@ -183,9 +181,7 @@ def _gdc(y: Tensor, strength: float, steps: int | None, progress: bool) -> Outco
 
 def _haar(y: Tensor, strength: float, steps: int | None, progress: bool) -> Outcome:
     """``||u - y||^2 + lambda ||B^T u||_0`` on all but the coarse band: one proximal step is its global minimiser."""
-    weight = torch.full_like(y[:1, :1], strength)
-    weight[..., : y.shape[-2] >> WAVELET, : y.shape[-1] >> WAVELET] = 0
-    problem = Problem(LeastSquares(Identity(), y, 2.0), Analysis(Wavelet("haar", WAVELET), Lp(0, weight)))
+    problem = Problem(LeastSquares(Identity(), y, 2.0), details(y, strength, 0.0, levels=WAVELET))
     result = propagate(ProximalGradient(0.5), problem, y, steps=1)
     words = {
         "guarantee": "a closed form: hard thresholding of orthonormal coefficients at sqrt(lambda)",

@@ -28,7 +28,7 @@ from odlkit.propagate import Record, Result, State, Status, Trace, propagate
 from odlkit.solvers import FISTA, PlugAndPlay, tikhonov
 from odlkit.tasks import dgunet
 from odlkit.tasks.deblur_podm import proposition_1
-from odlkit.tasks.report import Model, Outcome, check_finite, check_model, good_size, report, unit_kernel
+from odlkit.tasks.report import Model, Outcome, check_image, check_model, good_size, report, unit_kernel, unproved
 
 SCALES = (2, 3, 4)
 SMOOTH = 1e-3  # weight of the smoothness in the interpolation that relaxed PODM starts from
@@ -84,9 +84,7 @@ def check(y: Tensor, scale: int, model: str, kernel: Tensor | None) -> tuple[Ten
     check_model(model, MODELS)
     if scale not in SCALES:
         raise ValueError(f"scale: expected 2, 3 or 4, got {scale}")
-    if y.dim() != 4 or y.shape[1] not in (1, 3) or not y.is_floating_point():
-        raise ValueError(f"input: expected a floating point tensor (B, 1 or 3, H, W), got {tuple(y.shape)} of {y.dtype}")
-    check_finite(y)
+    check_image(y, (1, 3))
     if kernel is None:
         return bicubic_kernel(scale).to(y), []
     limit = (scale * y.shape[-2], scale * y.shape[-1])
@@ -241,7 +239,7 @@ def _rpodm(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, pro
     problem = Problem(LeastSquares(operator, y, 2.0), Box(0.0, 1.0))
     start, count = tikhonov(operator, y, SMOOTH), steps or len(net)
     result = propagate(Relaxed(net, RPODM_SIGMA, scale), problem, start, steps=count, energy=False, progress=progress)
-    return Outcome(result.x, result, _none("relaxed PODM keeps every proposal: no theorem covers it"))
+    return Outcome(result.x, result, unproved("relaxed PODM keeps every proposal: no theorem covers it"))
 
 
 def _pnp(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
@@ -249,22 +247,18 @@ def _pnp(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progr
     problem = Problem(LeastSquares(operator, y, PNP_SIGMA**-2))
     step = PlugAndPlay(network, schedule.rho0, schedule.growth)
     result = propagate(step, problem, bicubic(operator, y), steps=steps or PNP_STAGES, progress=progress)
-    return Outcome(result.x, result, _none("plug-and-play has no energy and no check"))
+    return Outcome(result.x, result, unproved("plug-and-play has no energy and no check"))
 
 
 def _fista(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
     problem, start = energy(operator, y), bicubic(operator, y)
     result = propagate(FISTA(), problem, start, steps=steps or STEPS, progress=progress)
-    return Outcome(result.x, result, _none("the theory of FISTA is for convex energies, and this one (p = 0.8) is not"))
+    return Outcome(result.x, result, unproved("the theory of FISTA is for convex energies, and this one (p = 0.8) is not"))
 
 
 def _bicubic(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
     x = bicubic(operator, y)
-    return Outcome(x, Result(x, Status.CONVERGED, 0, 0.0, Trace(), State(x)), _none("a formula, nothing is iterated"))
-
-
-def _none(why: str) -> dict[str, Any]:
-    return {"guarantee": "none", "statement": why, "holds": None}
+    return Outcome(x, Result(x, Status.CONVERGED, 0, 0.0, Trace(), State(x)), unproved("a formula, nothing is iterated"))
 
 
 MODELS = {
