@@ -25,12 +25,14 @@ from odlkit.training.loop import backward
 LARGE, SMALL, TASKS, BATCH, SIDE = (2000, 784, 10), (400, 100, 10), 8, 4, 48
 
 
-def gradient(problem: Cleaning, psi: Tensor, share: Callable = lambda x: x, whole: Callable = lambda loss: loss) -> Tensor:
+def gradient(
+    problem: Cleaning, psi: Tensor, share: Callable = lambda x: x, whole: Callable = lambda loss, value: loss
+) -> Tensor:
     """The hypergradient of hyper-cleaning through all steps, this process seeing its share of the samples."""
     parts = {name: share(getattr(problem, name)) for name in ("x", "y", "x_clean", "y_clean")}
     part = replace(problem, **parts)
-    step = descent(whole(lambda w, psi: part.lower(w, share(psi))), problem.step_size)
-    return hypergradient(step, whole(part.upper), psi, problem.start(), steps=K).gradient
+    step = descent(whole(lambda w, psi: part.lower(w, share(psi)), False), problem.step_size)
+    return hypergradient(step, whole(part.upper, True), psi, problem.start(), steps=K).gradient
 
 
 def works(rank: int, count: int) -> dict[str, Callable[[], object]]:

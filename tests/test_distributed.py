@@ -44,7 +44,7 @@ def hypergradients() -> dict[str, torch.Tensor]:
         return (torch.tanh(Z @ u) - t).square().mean() + 0.1 * (u * w).sum()
 
     def way(name):
-        step = descent(everywhere(lower), 0.1)
+        step = descent(everywhere(lower, value=name == "unrolled"), 0.1)
         return hypergradient(step, everywhere(upper), w, start, steps=12, way=WAYS[name], strict=False).gradient
 
     tasks = list(torch.arange(5.0, dtype=torch.float64))

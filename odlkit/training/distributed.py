@@ -58,7 +58,10 @@ def together(call: Callable[..., Any], *args: Any) -> None:
 
 
 class Mean(torch.autograd.Function):
-    """``y_r = (1/N) sum_s x_s`` on every process r.  As a linear map of all ``x_s`` it is its own adjoint."""
+    """``y = (1/N) sum_r x_r`` on every process.
+
+    Cotangents pass as they are: they agree on all processes where all that follows is shared, or goes through `shared`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        return Mean.apply(v)
+        return v
 
 
 class Shared(torch.autograd.Function):
@@ -85,7 +88,7 @@ class Shared(torch.autograd.Function):
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean over the processes, differentiable any number of times.  All must call it, in the same order."""
+    """The mean over the processes, differentiable as in `Mean`.  All must call it, in the same order."""
     return Mean.apply(x) if place()[1] > 1 else x
 
 
@@ -95,13 +98,19 @@ def shared(tree: Any) -> Any:
     return tree_unflatten(list(Shared.apply(*leaves)), spec) if place()[1] > 1 else tree
 
 
-def everywhere(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+def everywhere(loss: Callable[[Any, Any], Tensor], value: bool = True) -> Callable[[Any, Any], Tensor]:
     """``(u, w) -> (1/N) sum_r loss_r(u, w)``, each process having a loss of its own: value and derivatives of all orders.
 
     Give a lower and an upper loss through it to `odlkit.bilevel.descent` and `odlkit.bilevel.hypergradient`: iterates,
     linear solves and the hypergradient are then those of the whole data, the same on all processes, whichever the way.
+    ``value=False``: only the derivatives are; a descent does not look at more, and a message a step is saved.
     """
-    return lambda u, w: mean(loss(shared(u), shared(w)))
+
+    def whole(u: Any, w: Any) -> Tensor:
+        own = loss(shared(u), shared(w))
+        return mean(own) if value else own
+
+    return whole
 
 
 def mine(x: Tensor) -> Tensor:
