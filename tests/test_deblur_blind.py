@@ -77,6 +77,14 @@ def test_kernel_step_lowers_the_energy_more_than_the_closed_form_and_its_project
     assert energy(kernel_step(g, y, cut, mu, steps=2000)) < 0.999 * energy(cut)
 
 
+def test_variance_of_the_gradients_is_a_penalty_on_the_kernel():
+    """White errors e in N pixels' differences: (1/2) E ||k * e||^2 = N error^2 ||k||^2."""
+    k, error = shake(), Settings().error
+    e = error * torch.randn(1, 2, 256, 256, generator=seeded(), dtype=torch.float64)
+    raised = 0.5 * Blur(k).A(e).square().sum()
+    assert raised == pytest.approx((256**2 * error**2 * k.square().sum()).item(), rel=0.05)
+
+
 def test_tidy_drops_dust_and_islands_and_centres():
     k = torch.zeros(11, 11, dtype=torch.float64)
     k[1:5, 2] = 1.0
