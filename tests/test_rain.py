@@ -18,7 +18,7 @@ from odlkit.tasks.derain import MODELS, Directional, derain
 from odlkit.training import paper, rain
 
 trained = "dgunet-derain" in weights.cards()
-NEEDS = {"dgunet": "dgunet-derain", "hodl": "hodl-rain"}
+NEEDS = {"dgunet": "dgunet-derain", "hodl": "hodl-rain", "gdc-searched": "gdc-derain"}
 NAMES = [name for name in MODELS if NEEDS.get(name, "dgunet-derain") in weights.cards()]
 here = pytest.mark.skipif("rain100l" not in data.available(), reason="needs rain100l")
 

@@ -18,6 +18,7 @@ from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem, sum_items
 from odlkit.propagate import propagate
 from odlkit.solvers import ADMM
+from odlkit.tasks.derain_gdc import gdc_searched
 from odlkit.tasks.derain_hodl import hodl
 from odlkit.tasks.dgunet import blind
 from odlkit.tasks.report import Model, Outcome, check_image, check_model, report
@@ -93,5 +94,6 @@ def _directional(y: Tensor, steps: int | None, progress: bool) -> Outcome:
 MODELS = {  # each run as run(y, steps, progress)
     "dgunet": Model(_dgunet, "DGUNet, which learned what undoes rain; nothing is checked"),
     "hodl": Model(hodl, "HODL: that split by an augmented Lagrangian, after networks that do not expand"),
+    "gdc-searched": Model(gdc_searched, "GDC's Algorithm 2, its two modules made of searched cells; every step is bounded"),
     "directional": Model(_directional, "a convex split of scene and streaks by their direction, by ADMM"),
 }
