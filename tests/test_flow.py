@@ -276,6 +276,12 @@ def test_any_size(shape):
     assert found.flow.shape == (2, 2, *shape) and bool(found.flow.isfinite().all())
 
 
+def test_flat_frames_do_not_move():
+    flat = torch.full((1, 3, 20, 24), 0.4)
+    found = estimate(flat, flat)
+    assert found.flow.abs().max() == 0 and all(proposition_1(run)["holds"] for runs in found.runs for run in runs)
+
+
 def test_each_item_of_a_batch_is_judged_by_itself():
     """A network whose move helps one item only: it is kept there and refused on the other."""
 

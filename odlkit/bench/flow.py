@@ -86,19 +86,20 @@ def tune(progress: bool = False) -> dict[str, Any]:
     squares = [(tv, error(partial(estimate, net=net, how=replace(best, data="l2", tv=tv)), sets)) for tv in SQUARES]
     library, other = search(lambda how: partial(tv_l1, **how), {}, LIBRARY, sets, say)
     parts = {
-        "both": error(partial(estimate, net=net, how=best), sets),
+        "gdc": error(partial(estimate, net=net, how=best), sets),
         "network alone": error(partial(estimate, net=net, how=ALONE, checked=False), sets),
         "corrective module alone": error(partial(estimate, how=best), sets),
-        "both, no control": error(partial(estimate, net=net, how=best, checked=False), sets),
+        "gdc, no control": error(partial(estimate, net=net, how=best, checked=False), sets),
     }
+    table = [{"method": "gdc", **row} for row in rows]
+    table += [{"method": "gdc, l2 data (paper)", "setting": f"tv = {tv}", "error": found} for tv, found in squares]
+    table += [{"method": name, "setting": "as chosen", "error": found} for name, found in parts.items()]
+    table += [{"method": "tvl1", **row} for row in other]
     return {
         "claim": "geometric mean of end-point errors in pixels on four synthetic scenes of 256 x 256 pixels",
+        "rows": table,
         "chosen": chosen,
-        "tries": rows,
-        "l2": [{"tv": tv, "error": found} for tv, found in squares],
         "tvl1_chosen": library,
-        "tvl1_tries": other,
-        "parts": parts,
         "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-flow-settings", ("cbsd68",), SEEDS, ("gdc-flow",))
 

@@ -175,7 +175,7 @@ def search_2(gradient):
 
 @exercise
 def flow_1(prox):
-    """``prox(r, a, u_0, z, tau)``: u (B, 2, H, W) least in ``(r + a . (u - u_0))^2 + |u - z|^2 / (2 tau)``, r (B, 1, H, W)."""
+    """``prox(r, a, u_0, z, tau)``: u (B, 2, H, W) least in ``(r + a . (u - u_0))^2 + |u - z|^2 / (2 tau)``, r gray."""
     for randn in draws():
         r, a, u_0, z, tau = randn(2, 1, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), randn(2, 2, 4, 5), 0.7
         got = prox(r, a, u_0, z, tau)

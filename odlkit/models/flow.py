@@ -70,7 +70,8 @@ class Linearised:
     @property
     def bounds(self) -> tuple[float, float]:
         xx, xy, yy = self.m
-        return 0.0, (xx + yy + ((xx - yy).square() + 4 * xy.square()).sqrt()).max().item()
+        largest = (xx + yy + ((xx - yy).square() + 4 * xy.square()).sqrt()).max().item()
+        return 0.0, max(largest, 0.1)  # flat frames have no curvature, and step 11 divides by it
 
 
 def _times(m: Sequence[Tensor], d: Tensor) -> Tensor:
