@@ -190,7 +190,7 @@ def compare(
     save_weights(nets, out / "gdc-search.safetensors", card, torch.float16)
 
 
-def derain(out: Path, resume: bool = False, steps: Sequence[int] = (1000, 1300), width: int = 12) -> None:
+def derain(out: Path, resume: bool = False, steps: Sequence[int] = (1000, 1300, 2200), width: int = 12) -> None:
     """What is shipped: the second-order architecture, wider and trained longer, on larger patches."""
     here = out / "gdc-search-order-2.json"
     found = json.loads(here.read_text()) if here.exists() else weights.card("gdc-search")["search"]["orders"]["2"]
