@@ -156,15 +156,18 @@ class Level:
         """The convex energy around the flow ``at``; a pixel that leaves the frame has no data.
 
         For "l1" a pixel's square weighs ``1 / (2 sqrt(|r|^2 + eps^2))``, r its residual at ``at``: a quadratic that
-        touches ``sqrt(|r|^2 + eps^2)`` from above, up to a constant.
+        touches ``sqrt(|r|^2 + eps^2)`` from above, with the constant that makes it touch.
         """
         r = warp(self.second, at) - self.first
         slopes = derivatives(self.second)
         a = warp(slopes.flatten(1, 2), at).view_as(slopes).lerp(derivatives(self.first), self.how.blend)
         w = inside(at).to(r)
-        if self.how.data == "l1":
-            w = w * 0.5 * (r.square().sum(1, keepdim=True) + self.how.eps**2).rsqrt()
-        return Problem(Linearised(r, a, at, w), self.tv)
+        if self.how.data == "l2":
+            return Problem(Linearised(r, a, at, w), self.tv)
+        size = (r.square().sum(1, keepdim=True) + self.how.eps**2).sqrt()
+        f = Linearised(r, a, at, 0.5 * w / size)
+        f.c = f.c + 0.5 * w * (size + self.how.eps**2 / size)
+        return Problem(f, self.tv)
 
 
 @dataclass
