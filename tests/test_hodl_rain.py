@@ -100,7 +100,7 @@ def test_the_step_is_that_of_the_augmented_lagrangian_with_its_multiplier(name):
     assert all(slope.abs().max() < 1e-10 for slope in torch.autograd.grad(lagrangian, (x, r)))
 
     lam_b, lam_r = lam_b + one.beta * (Wb - v_b), lam_r + one.beta * (Wr - v_r)
-    at_b, at_r = one.kappa_b, one.kappa_r
+    at_b, at_r = one.kappa_b.repeat_interleave(3, 1), one.kappa_r
     q_b, q_r = Wb + lam_b / one.beta, Wr + lam_r / one.beta
     v_b = q_b.sign() * (q_b.abs() - at_b / one.beta).clamp_min(0)
     v_r = q_r.sign() * (q_r.abs() - at_r / one.beta).clamp_min(0)

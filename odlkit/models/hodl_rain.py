@@ -118,7 +118,6 @@ class Split:
         if self.kappa_b.shape[1] != self.W_b.widening or self.kappa_r.shape[1] != self.W_r.widening:
             got = f"{self.kappa_b.shape[1]} and {self.kappa_r.shape[1]}"
             raise ValueError(f"kappa: expected {self.W_b.widening} and {self.W_r.widening} weights, got {got}")
-        self.kappa_b = self.kappa_b.repeat_interleave(self.b.shape[1], 1)
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u_b`` (3 channels), ``u_r`` (1), ``t_b`` and ``t_r``."""
@@ -148,7 +147,7 @@ class Split:
 
     def shrink(self, v_b: Tensor, v_r: Tensor) -> tuple[Tensor, Tensor]:
         """The prox of ``kappa ||.||_1 / beta``, the last channel of v_r kept >= 0."""
-        at_b, at_r = self.kappa_b / self.beta, self.kappa_r / self.beta
+        at_b, at_r = self.kappa_b.repeat_interleave(self.b.shape[1], 1) / self.beta, self.kappa_r / self.beta
         streaks = (v_r[:, -1:] - at_r[:, -1:]).clamp_min(0)
         return soft(v_b, at_b), torch.cat([soft(v_r[:, :-1], at_r[:, :-1]), streaks], 1)
 
@@ -165,7 +164,8 @@ class Split:
         """The objective at ``(u_b, max(u_r, 0))`` with ``v = W u``, ``(B,)``."""
         u_b, u_r = self.parts(z)[:2]
         u_r = u_r.clamp_min(0)
-        sparse = sum_items(self.kappa_b * self.W_b.A(u_b).abs()) + sum_items(self.kappa_r * self.W_r.A(u_r).abs())
+        kappa_b = self.kappa_b.repeat_interleave(self.b.shape[1], 1)
+        sparse = sum_items(kappa_b * self.W_b.A(u_b).abs()) + sum_items(self.kappa_r * self.W_r.A(u_r).abs())
         return sum_items((u_b + u_r - self.b).square()) / 2 + sparse
 
 
