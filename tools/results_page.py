@@ -66,7 +66,8 @@ def with_paper(rows: list[dict[str, Any]], paper: list[dict[str, Any]]) -> list[
 
 def section(name: str, record: dict[str, Any]) -> str:
     """One record as a heading, its table, why it differs from the paper, its other numbers and its provenance."""
-    rows = with_paper(record["rows"], record["paper"]) if "paper" in record else record["rows"]
+    paper = record.get("paper")
+    rows = with_paper(record["rows"], paper) if isinstance(paper, list) else record["rows"]
     parts = [f"(result-{name})=\n## {name}", record["claim"][:1].upper() + record["claim"][1:] + ".", table(rows)]
     if "why_they_differ" in record:
         parts.append(f"**Why they differ:** {record['why_they_differ']}.")
