@@ -141,7 +141,7 @@ def test_bad_input_names_the_argument(call, argument):
 
 
 def test_gmsd_equals_a_direct_computation_and_has_its_known_properties(device):
-    """Against scipy; zero for equal pictures, symmetric, worse for more noise, and the standard deviation sees a lost edge."""
+    """Against scipy; zero for equal pictures, symmetric, worse for more noise; it sees a lost edge."""
     from scipy.ndimage import correlate
 
     x, truth = pair(device, (2, 3, 40, 36))
