@@ -36,6 +36,8 @@ ALLOWED = {
     ("median", "dgunet/compressive-sensing"): (7, "a cell is one matrix, one recovery, or one experiment with its verdict"),
     ("median", "dgunet/deraining-and-denoising"): (7, "a cell is one degradation, one comparison or one table of a record"),
     ("median", "pipelines/low-light"): (8, "a cell is one bound or one experiment, with its assertion"),
+    ("median", "pipelines/architecture-search"): (8, "a cell is one graph, one gradient or one experiment with verdict"),
+    ("cells", "pipelines/architecture-search"): (21, "a search space, its gradient, what was found, the model of it"),
     ("median", "hodl/sparse-coding"): (8, "a cell is one training or one experiment with its verdict"),
     ("median", "hodl/one-problem"): (9, "a cell is one map, its training, or one experiment with its verdict"),
     ("median", "hodl/hypergradients"): (10, "a cell is one way in full, with the assertion that it equals odlkit's"),
