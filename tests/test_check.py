@@ -293,8 +293,15 @@ MUTANTS = [
     ("few-ex-1", ".amax(1)", ".amax(0)", "shape and dtype"),
     ("few-ex-1", "rows.amax(1)", "f.square().sum(2).amax(1)", "a bound"),
     ("few-ex-1", "rows.amax(1)", "rows.sum(1)", "no looser than the row sums"),
-    ("few-ex-2", ".solve(gram, Y)", ".solve(gram, Y)[:1]", "shape and dtype"),
+    ("few-ex-2", "(gram, Y)", "(gram, Y[..., :1])", "shape and dtype"),
     ("few-ex-2", "+ ridge *", "+ 2 * ridge *", "zero gradient"),
+    ("syn-ex-1", ".any(0)", ".any(0).long()", "shape and dtype"),
+    ("syn-ex-1", "cheap & good & strictly", "cheap & good & strictly & (seconds < 0)", "nothing beaten is kept"),
+    ("syn-ex-1", "cheap & good & strictly", "cheap & good", "nothing else is left out"),
+    ("syn-ex-2", "(a - b).mean(),", "(a - b),", "shape and dtype"),
+    ("syn-ex-2", "(a - b).std()", "a.std()", "paired"),
+    ("syn-ex-2", "+ b.var() / len(b)", "", "separate sets"),
+    ("syn-ex-2", "return a.mean() - b.mean()", "return b.mean() - a.mean()", "mean"),
 ]  # fmt: skip
 
 

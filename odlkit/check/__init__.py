@@ -15,3 +15,4 @@ from odlkit.check.hodl import *  # noqa: F403
 from odlkit.check.padnet import *  # noqa: F403
 from odlkit.check.pipelines import *  # noqa: F403
 from odlkit.check.podm import *  # noqa: F403
+from odlkit.check.synthesis import *  # noqa: F403
