@@ -31,7 +31,7 @@ from odlkit.training.rain import COLOUR, rainy, scenes
 
 SEARCH = {"steps": 100, "before": 30, "batch": 4, "size": 48, "lr": 3e-3, "alpha_lr": 3e-2, "xi": 1e-2}
 SMALLER: dict[str, Any] = {"stages": 1, "cells": (2, 1)}  # what is searched with, as DARTS searches with fewer cells
-SEEDS, STEPS = 1, (200, 400)  # of the comparison
+SEEDS, STEPS = 3, (200, 400)  # of the comparison
 DATA = f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, light after the search; 8 validate"
 
 Weights = dict[str, Tensor]
