@@ -279,19 +279,28 @@ def train(
     return fit(net, loss, validate=validate, steps=steps, lr=lr, out=out, name=name, resume=resume, seed=seed)
 
 
-def omniglot_features(out: Path, resume: bool = False, steps: int = 3000, width: int = 64) -> None:
+def omniglot_features(
+    out: Path, resume: bool = False, steps: int = 3000, width: int = 64, method: str = "shodl", name: str = "hodl-fewshot"
+) -> None:
     """Features for Omniglot by sHODL: Lake's background classes but the last `HELD_OUT`, each turned four ways."""
     torch.manual_seed(0)
     background = omniglot("background")
+    train_on, held = turned(background[:-HELD_OUT]), background[-HELD_OUT:]
     net = Features(width)
-    record = train(net, turned(background[:-HELD_OUT]), background[-HELD_OUT:], out, steps=steps, resume=resume)
+    record = train(net, train_on, held, out, method=method, steps=steps, name=name, resume=resume)
     card = {
-        "name": "hodl-fewshot",
-        "what": "features for few-shot learning: four convolutions whose heads are trained at test time",
-        "recipe": "odlkit train hodl-fewshot",
+        "name": name,
+        "what": "features for few-shot learning: four convolutions whose heads are trained at test time; "
+        + METHODS[method].what,
+        "recipe": f"odlkit train {name}",
         "data": f"Omniglot's background set without its last {HELD_OUT} classes, which are the validation set, each turned "
         "by 0, 90, 180 and 270 degrees",
         "network": {"kind": "features", **net.config},
-        "schedule": {"depth": STEPS, "ridge": RIDGE, "alpha": ALPHA, "ways": 20, "shots": 1},
+        "schedule": {"depth": STEPS, "ridge": RIDGE, "alpha": ALPHA, "ways": 20, "shots": 1, "method": method},
     }
-    save_weights(net, out / "hodl-fewshot.safetensors", card | record, torch.float16)
+    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+
+
+def first_order(out: Path, resume: bool = False, steps: int = 3000, width: int = 64) -> None:
+    """The same without a derivative through the lower level, to be measured beside it."""
+    omniglot_features(out, resume, steps, width, "first-order", "first-order-fewshot")
