@@ -2,7 +2,8 @@
 
 The lower level trains softmax regression with a weight for every sample, the upper asks for a small loss on clean ones:
 
-    lower(u, w) = mean_i sigmoid(w_i) CE(u x_i, y_i) + ridge |u|^2 / 2,    upper(u) = mean_j CE(u x_j, y_j), clean.
+``lower(u, w) = mean_i sigmoid(w_i) CE(u x_i, y_i) + (ridge / 2) ||u||^2``,
+``upper(u) = mean_j CE(u x_j, y_j)`` over clean samples.
 
 Half of the training labels are wrong.  A method is a lower-level map and a way to differentiate its iterates; the rest is
 one loop.  Source: HODL sections 5, 6.3, which name no classifier; this one is that of Franceschi et al., ICML 2017.

@@ -65,12 +65,14 @@ class Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The mean over the processes."""
         y = x.detach().clone(memory_format=torch.contiguous_format)
         together(dist.all_reduce, y)
         return y / place()[1]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
+        """The mean of the cotangents."""
         return v
 
 
@@ -79,10 +81,12 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *leaves: Tensor) -> Any:
+        """The same tensors."""
         return tuple(leaf.view_as(leaf) for leaf in leaves)
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> Any:
+        """Their mean, in one message."""
         parts = mean(torch.cat([leaf.reshape(-1) for leaf in v])).split([leaf.numel() for leaf in v])
         return tuple(part.view_as(leaf) for part, leaf in zip(parts, v, strict=True))
 
