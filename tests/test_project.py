@@ -110,7 +110,11 @@ def test_files_named_in_the_prose_exist():
 def test_every_module_is_in_the_reference():
     modules = [path.relative_to(ROOT) for path in (ROOT / "odlkit").rglob("*.py") if path.name != "__init__.py"]
     names = {".".join(path.with_suffix("").parts) for path in modules}
-    listed = set(re.findall(r"automodule:: ([\w.]+)", "".join(text(f"book/{page}.md") for page in ("api", "api-work", "api-pipelines"))))
+    listed = set(
+        re.findall(
+            r"automodule:: ([\w.]+)", "".join(text(f"book/{page}.md") for page in ("api", "api-work", "api-pipelines"))
+        )
+    )
     assert {name for name in names if not name.rsplit(".", 1)[-1].startswith("_")} <= listed
 
 

@@ -39,7 +39,7 @@ class Linearised:
 
     ``u`` is ``(B, 2, H, W)``; ``r`` ``(B, C, H, W)``, ``a`` ``(B, 2, C, H, W)``, ``w`` ``(B, 1, H, W)``.  In normal form
     ``<u - u_0, M (u - u_0)> + 2 <b, u - u_0> + c`` with ``M = w sum_c a a^T``, one 2 x 2 matrix a pixel.  Its prox has
-    a closed form; for one channel ``z - 2 t a (r + a . (z - u_0)) / (1 + 2 t |a|^2)``, t the step.  ``L = 2 max ||M||``, rho = 0:
+    a closed form; for one channel ``z - 2 t a (r + a . (z - u_0)) / (1 + 2 t |a|^2)``, t the step.  ``L = 2 max ||M||``:
     where ``a`` has a single direction, the flow along the edge is unseen (the aperture problem).
     Source: GDC, section VIII-B, f(u), linearised.
     """
