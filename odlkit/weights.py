@@ -24,7 +24,7 @@ NETWORKS = {  # other kinds -> the class that the rest of the card's network are
     "deconvolution": "odlkit.models.hodl_deblur:Deconvolution",
     "illumination": "odlkit.models.hodl_light:Illumination",
     "streaks": "odlkit.models.hodl_rain:Streaks",
-    "features": "odlkit.training.fewshot:Features",
+    "features": "odlkit.networks:Features",
     "dgunet": "odlkit.models.dgunet:DGUNet",
     "sensing": "odlkit.models.dgunet:Sensing",
 }

@@ -22,7 +22,8 @@ from torch.nn import functional as nnf
 from odlkit import data
 from odlkit.bilevel import Implicit, Truncated, Unrolled, descent, hypergradient
 from odlkit.models.hodl import Diagonal, Map, aggregated, averaged
-from odlkit.training.loop import fit, save_weights
+from odlkit.networks import Features
+from odlkit.training.loop import fit, ship
 from odlkit.training.padnet import best_device
 
 SIDE, HELD_OUT = 28, 100  # pixels; classes of the background set that are for validation
@@ -37,23 +38,6 @@ class Episode(NamedTuple):
     query: Tensor
     seen: Tensor  # labels of the support, the same in all tasks, since classes are numbered as they are drawn
     asked: Tensor
-
-
-class Features(nn.Sequential):
-    """Four blocks of convolution with stride 2, normalization and ReLU: ``(B, C, h, w) -> (B, width h' w')``, of length 1.
-
-    ``h' = ceil(h / 16)``.  Of length 1, so that the head's curvature does not depend on the scale of a layer.
-    """
-
-    def __init__(self, width: int = 64, channels: int = 1):
-        def block(inside: int) -> list[nn.Module]:
-            return [nn.Conv2d(inside, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-
-        super().__init__(*block(channels), *block(width), *block(width), *block(width), nn.Flatten())
-        self.config = {"width": width, "channels": channels}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nnf.normalize(super().forward(x), dim=1)
 
 
 # -- data
@@ -288,17 +272,14 @@ def omniglot_features(
     train_on, held = turned(background[:-HELD_OUT]), background[-HELD_OUT:]
     net = Features(width)
     record = train(net, train_on, held, out, method=method, steps=steps, name=name, resume=resume)
-    card = {
-        "name": name,
-        "what": "features for few-shot learning: four convolutions whose heads are trained at test time; "
-        + METHODS[method].what,
-        "recipe": f"odlkit train {name}",
-        "data": f"Omniglot's background set without its last {HELD_OUT} classes, which are the validation set, each turned "
-        "by 0, 90, 180 and 270 degrees",
-        "network": {"kind": "features", **net.config},
-        "schedule": {"depth": STEPS, "ridge": RIDGE, "alpha": ALPHA, "ways": 20, "shots": 1, "method": method},
-    }
-    save_weights(net, out / f"{name}.safetensors", card | record, torch.float16)
+    what = f"features for few-shot learning: four convolutions whose heads are trained at test time; {METHODS[method].what}"
+    data_words = (
+        f"Omniglot's background set without its last {HELD_OUT} classes, which are the validation set, each turned by 0, "
+        "90, 180 and 270 degrees"
+    )
+    schedule = {"depth": STEPS, "ridge": RIDGE, "alpha": ALPHA, "ways": 20, "shots": 1, "method": method}
+    network = {"kind": "features", **net.config}
+    ship(net, out, name, record, what=what, data=data_words, network=network, schedule=schedule)
 
 
 def first_order(out: Path, resume: bool = False, steps: int = 3000, width: int = 64) -> None:

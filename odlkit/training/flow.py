@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn import functional as nnf
 from odlkit import data
 from odlkit.flow import end_point_error, resized, warp
 from odlkit.networks import FlowNet
-from odlkit.training.loop import fit, patches, save_weights
+from odlkit.training.loop import fit, patches, ship
 from odlkit.training.padnet import best_device
 
 BATCH, SIDE, MARGIN, OBJECTS, HELD_OUT = 4, 128, 16, 3, 8
@@ -140,12 +139,13 @@ def network(out: Path, resume: bool = False, steps: int = 2400) -> None:
         resume=resume,
     )
     record["validation_end_point_error"] = record.pop("validation_psnr")
-    card: dict[str, Any] = {
-        "name": "gdc-flow",
-        "what": "GDC's generative module of optical flow: pyramid features, correlation and a residual, one for all levels",
-        "recipe": "odlkit train gdc-flow",
-        "data": f"CBSD68 without its last {HELD_OUT} images, which are the validation set; synthetic motion",
-        "network": {"kind": "flow", **net.config},
-        "schedule": {"levels": net.levels},
-    }
-    save_weights(net, out / "gdc-flow.safetensors", card | record, torch.float16)
+    ship(
+        net,
+        out,
+        "gdc-flow",
+        record,
+        what="GDC's generative module of optical flow: pyramid features, correlation and a residual, one for all levels",
+        data=f"CBSD68 without its last {HELD_OUT} images, which are the validation set; synthetic motion",
+        network={"kind": "flow", **net.config},
+        schedule={"levels": net.levels},
+    )

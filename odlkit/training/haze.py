@@ -24,7 +24,7 @@ from odlkit.models.padnet import Implicit, Schedule
 from odlkit.networks import ConvUnit, ResidualNet, fold_batch_norm
 from odlkit.propagate import iterate
 from odlkit.tasks.dehaze import guidance, haze, radiance, seeing, transmission_problem
-from odlkit.training.loop import fit, log_error, patches, save_weights
+from odlkit.training.loop import fit, log_error, patches, ship
 from odlkit.training.padnet import best_device, log_uniform
 
 LAYERS, FOLD = 17, 4  # of the paper; folded four times four, so that a pixel is seen with 70 others on each side
@@ -166,13 +166,14 @@ def joint(out: Path, resume: bool = False, steps: int = 3000, width: int = 32) -
     loss = partial(loss_of, lambda seen, light, t, generator: unroll(net, seen, light), train)
     validate = partial(score, net, held)
     record = fit(net, loss, validate=validate, steps=steps, lr=5e-4, out=out, name="padnet-haze", resume=resume)
-    card = {
-        "name": "padnet-haze",
-        "what": "IPADNet's network N_alpha on transmissions, shown the picture: one unit of seventeen convolutions",
-        "recipe": "odlkit train padnet-haze",
-        "data": f"CBSD68 without its last {HELD_OUT} images, which are the validation set, and six photographs of LOL's "
+    ship(
+        net,
+        out,
+        "padnet-haze",
+        record,
+        what="IPADNet's network N_alpha on transmissions, shown the picture: one unit of seventeen convolutions",
+        data=f"CBSD68 without its last {HELD_OUT} images, which are the validation set, and six photographs of LOL's "
         "training part; synthetic haze",
-        "network": {"kind": "conv", "units": [unit.config for unit in net.units], "bound": BOUND},
-        "schedule": {"first": FIRST, "last": LAST, "depth": DEPTH},
-    }
-    save_weights(net, out / "padnet-haze.safetensors", card | record, torch.float16)
+        network={"kind": "conv", "units": [unit.config for unit in net.units], "bound": BOUND},
+        schedule={"first": FIRST, "last": LAST, "depth": DEPTH},
+    )

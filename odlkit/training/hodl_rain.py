@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from odlkit.metrics import psnr
 from odlkit.models.hodl_rain import Streaks, certified, lipschitz, normalized
-from odlkit.training.loop import fit, log_error, save_weights
+from odlkit.training.loop import fit, log_error, ship
 from odlkit.training.padnet import best_device
 from odlkit.training.rain import COLOUR, HELD_OUT, rainy, scenes
 
@@ -54,17 +54,19 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
 
     record = fit(net, loss, steps=steps, lr=2e-3, out=out, name=name, resume=resume, validate=validate)
     stored = certified(net.cpu(), margin=1e-3)
-    card = {
-        "name": name,
-        "what": f"HODL's split of scene and streaks, {net.depth} steps of one map trained hierarchically; {about}",
-        "recipe": f"odlkit train {name}",
-        "data": f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, {HEAVY:.0%} of it heavy; "
+    ship(
+        stored,
+        out,
+        name,
+        record,
+        what=f"HODL's split of scene and streaks, {net.depth} steps of one map trained hierarchically; {about}",
+        data=f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, {HEAVY:.0%} of it heavy; "
         f"{HELD_OUT} scenes under light rain are the validation set",
-        "network": {"kind": "streaks", **net.config},
-        "schedule": {"depth": net.depth},
-        "lipschitz_bound": lipschitz(stored),
-    }
-    save_weights(stored, out / f"{name}.safetensors", card | record)
+        network={"kind": "streaks", **net.config},
+        schedule={"depth": net.depth},
+        dtype=None,
+        lipschitz_bound=lipschitz(stored),
+    )
 
 
 bounded = partial(train, "hodl-rain", "networks normalized, so that T is non-expansive")

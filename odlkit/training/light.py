@@ -24,7 +24,7 @@ from odlkit.metrics import psnr
 from odlkit.models.hodl_light import Illumination, coarse
 from odlkit.networks.lipschitz_cell import OPERATIONS, certified, normalized
 from odlkit.training.camera import display, linear
-from odlkit.training.loop import fit, log_error, save_weights
+from odlkit.training.loop import fit, log_error, ship
 
 HELD_OUT, SIDE = 8, (320, 480)
 ALPHA_RATE = 0.01
@@ -175,15 +175,16 @@ def light(out: Path, resume: bool = False, steps: int = 600) -> None:
     certified(net)
     stored = copy.deepcopy(net).half().float()
     found = json.loads((out / "hodl-light-search.json").read_text())
-    card = {
-        "name": "hodl-light",
-        "what": f"HODL's illumination for low light: one map trained through {net.depth} steps, its operations searched",
-        "recipe": "odlkit train hodl-light",
-        "data": f"CBSD68, darkened, without its last {HELD_OUT} images, the validation set (PSNR at the best exposure); "
+    ship(
+        net,
+        out,
+        "hodl-light",
+        record,
+        what=f"HODL's illumination for low light: one map trained through {net.depth} steps, its operations searched",
+        data=f"CBSD68, darkened, without its last {HELD_OUT} images, the validation set (PSNR at the best exposure); "
         "LOL's training pairs",
-        "network": {"kind": "illumination", **net.config},
-        "schedule": {"depth": net.depth},
-        "search": {key: found[key] for key in ("best", "shares", "names", "steps", "seconds")},
-        "lipschitz_bound": stored.net.bound(),
-    }
-    save_weights(net, out / "hodl-light.safetensors", card | record, torch.float16)
+        network={"kind": "illumination", **net.config},
+        schedule={"depth": net.depth},
+        search={key: found[key] for key in ("best", "shares", "names", "steps", "seconds")},
+        lipschitz_bound=stored.net.bound(),
+    )

@@ -26,7 +26,7 @@ from odlkit.images import atomic
 from odlkit.metrics import psnr
 from odlkit.models.gdc_rain import RainNet
 from odlkit.networks.cells import HAND_MADE, Genotype, discretise, random_genotype
-from odlkit.training.loop import fit, log_error, save_weights
+from odlkit.training.loop import fit, log_error, save_weights, ship
 from odlkit.training.rain import COLOUR, rainy, scenes
 
 SEARCH = {"steps": 100, "before": 30, "batch": 4, "size": 48, "lr": 3e-3, "alpha_lr": 3e-2, "xi": 1e-2}
@@ -197,12 +197,12 @@ def derain(out: Path, resume: bool = False, steps: Sequence[int] = (1000, 1300, 
     generative, discriminative = (discretise(torch.tensor(found["alpha"][key])) for key in ("G.alpha", "d.alpha"))
     pair = generative, discriminative
     net, record = retrain(out, resume, "gdc-derain", pair, steps=steps, size=64, width=width)
-    card = {
-        "name": "gdc-derain",
-        "what": f"GDC for rain by Algorithm 2, {net.stages} stages, searched cells: four generative, two discriminative",
-        "recipe": "odlkit train gdc-derain",
-        "data": DATA,
-        "network": {"kind": "cells", **net.config},
-        "schedule": {},
-    }
-    save_weights(net, out / "gdc-derain.safetensors", card | record, torch.float16)
+    ship(
+        net,
+        out,
+        "gdc-derain",
+        record,
+        what=f"GDC for rain by Algorithm 2, {net.stages} stages, searched cells: four generative, two discriminative",
+        data=DATA,
+        network={"kind": "cells", **net.config},
+    )
