@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from odlkit import weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.training import fewshot as fs
 
 PAPER = {  # HODL Table 9, Omniglot, 5- and 20-way 1-shot
@@ -36,9 +35,7 @@ def measured(features: nn.Module, classes: torch.Tensor, ways: int, episodes: in
 
 def omniglot(progress: bool = False) -> dict[str, Any]:
     """The shipped features on the evaluation classes, beside first order, pixels and random features."""
-    from tqdm import tqdm
-
-    clock, classes = time.monotonic(), fs.omniglot("evaluation")
+    classes = fs.omniglot("evaluation")
     torch.manual_seed(0)
     random = fs.Features(weights.card("hodl-fewshot")["network"]["width"])
     with torch.no_grad():  # normalization needs the statistics of some pictures
@@ -48,7 +45,7 @@ def omniglot(progress: bool = False) -> dict[str, Any]:
     nets = learned | {"random": random, "pixels": nn.Flatten()}
     rows = [
         {"ways": ways, "features": name, **measured(net, classes, ways, EPISODES)}
-        for ways in tqdm(WAYS, disable=not progress)
+        for ways in each(WAYS, "ways", progress)
         for name, net in nets.items()
     ]
     score = {row["ways"]: row["accuracy"] for row in rows if row["features"] == "hodl"}
@@ -58,19 +55,16 @@ def omniglot(progress: bool = False) -> dict[str, Any]:
         "five_way_at_least_96": score[5] >= 96,
         "twenty_way_at_least_88": score[20] >= 88,
         "paper": PAPER,
-        "seconds": round(time.monotonic() - clock),
         "why_they_differ": WHY,
     } | provenance("fewshot-omniglot", ("omniglot",), (0,), ("hodl-fewshot", "first-order-fewshot"))
 
 
 def methods(progress: bool = False) -> dict[str, Any]:
     """All methods with equal networks, data, optimiser and steps; spread over seeds."""
-    from tqdm import tqdm
-
-    clock, background, classes = time.monotonic(), fs.omniglot("background"), fs.omniglot("evaluation")
+    background, classes = fs.omniglot("background"), fs.omniglot("evaluation")
     train, held = fs.turned(background[: -fs.HELD_OUT]), background[-fs.HELD_OUT :]
     rows = []
-    for method, about in tqdm(fs.METHODS.items(), disable=not progress):
+    for method, about in each(fs.METHODS.items(), "methods", progress, len(fs.METHODS)):
         scores, seconds = [], []
         for seed in SEEDS:
             torch.manual_seed(seed)
@@ -93,6 +87,5 @@ def methods(progress: bool = False) -> dict[str, Any]:
         f"percent and standard deviation over {len(SEEDS)} seeds",
         "rows": rows,
         "paper": PAPER,
-        "seconds": round(time.monotonic() - clock),
         "why_they_differ": WHY,
     } | provenance("fewshot-methods", ("omniglot",), SEEDS)

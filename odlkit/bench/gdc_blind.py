@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odlkit import data
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.metrics import align, psnr, ssim
 from odlkit.tasks.deblur import deblur
 from odlkit.tasks.deblur_blind import NOISE, SIZE, deblur_blind
@@ -95,14 +95,12 @@ def run(progress: bool = False) -> dict[str, Any]:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    from tqdm import tqdm
-
-    clock, count = time.monotonic(), len(data.levin_pairs())
+    count = len(data.levin_pairs())
     jobs = [(i, "gdc") for i in range(count)] + [(i, m) for m in ("l0", "gdc-learned") for i in range(0, count, EVERY)]
     photographs = [path.name for path in data.files("real_blur")]
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         pictures = pool.map(_photograph, photographs)
-        rows = list(tqdm(pool.map(_pair, jobs), total=len(jobs), desc="gdc-blind", disable=not progress))
+        rows = list(each(pool.map(_pair, jobs), "gdc-blind", progress, len(jobs)))
         pictured = list(pictures)
     kernels = {f"{row['pair']} {row['model']}": row.pop("kernels") for row in rows}  # estimated, true
     few = {row["pair"] for row in rows if row["model"] != "gdc"}
@@ -132,7 +130,6 @@ def run(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper scores all 32 pairs, 24 are at hand; it does not say its kernel sizes nor how it "
         "aligns, and its last step is another, so error ratios compare within a record only",
         "workers": WORKERS,
-        "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-blind", ("levin09", "real_blur"), (), ("padnet-image", "padnet-gradient"))
 
 

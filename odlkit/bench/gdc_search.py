@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.bench.dgunet_derain import rain
 from odlkit.metrics import psnr, ssim
 from odlkit.tasks.derain import derain
@@ -20,14 +19,12 @@ TABLE_V = {"HiNAS": [26.31, 0.86], "CLEARER": [27.23, 0.86], "GDC, hand-made": [
 
 def run(progress: bool = False) -> dict[str, Any]:
     """Mean PSNR in dB and SSIM in colour of each architecture, its spread over seeds, beside the rainy pictures."""
-    from tqdm import tqdm
-
-    clock, about = time.monotonic(), weights.card("gdc-search")
+    about = weights.card("gdc-search")
     nets: Any = weights.load("gdc-search")
     found: dict[str, list[list[float]]] = {}
     accepted, rejected, holds = 0, 0, True
     pairs = rain("rain100l")
-    for rainy, clean in tqdm(pairs, desc="rain100l", disable=not progress):
+    for rainy, clean in each(pairs, "rain100l", progress):
         x, y = data.image(clean), data.image(rainy)
         shipped, told = derain(y, "gdc-searched")
         accepted, rejected = accepted + told["accepted"], rejected + told["rejected"]
@@ -75,7 +72,6 @@ def run(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper trains and scores on Rain800, which is not at hand; here every network saw drawn rain "
         f"only, those compared for {about['steps']} steps from {len(means['searched'])} seeds, the shipped one for "
         f"{card['steps']:,}",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("gdc-search", ("rain100l",), range(len(means["searched"])), ("gdc-search", NETWORK))
 
 

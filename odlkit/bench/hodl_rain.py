@@ -7,14 +7,13 @@ three readings of the priors are the best of a few on scenes under drawn rain th
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from odlkit import data, weights
-from odlkit.bench import provenance
+from odlkit.bench import each, provenance
 from odlkit.bench.dgunet_derain import rain
 from odlkit.metrics import luminance, psnr, ssim
 from odlkit.models.hodl_rain import Split, Streaks, cropped, padded, reading
@@ -78,14 +77,12 @@ def readings(steps: int = 60, size: int = 96) -> list[dict[str, Any]]:
 
 def run(progress: bool = False) -> dict[str, Any]:
     """Means of PSNR and SSIM by method and set, how far the iteration still moves, and the readings of the priors."""
-    from tqdm import tqdm
-
-    clock, rows, gains = time.monotonic(), [], {}
+    rows, gains = [], {}
     nets: dict[str, Any] = {name: weights.load(file) for name, file in TRAINED.items()}
     middles = []
     for name, printed in TABLE_5.items():
         scores: dict[str, list] = {}
-        for rainy, clean in tqdm(rain(name), desc=name, disable=not progress):
+        for rainy, clean in each(rain(name), name, progress):
             x, y = data.image(clean), data.image(rainy)
             found = {"rainy": y} | {method: iterated(net, y)[0] for method, net in nets.items()}
             for method, restored in found.items():
@@ -119,5 +116,4 @@ def run(progress: bool = False) -> dict[str, Any]:
         "why_they_differ": "the paper scores 100 pairs a set and presumably trains on the set's own; here 44 and 10 are at "
         "hand, 64,000 weights saw drawn rain only, for 1200 steps, and one network serves both sets. The "
         "paper's prior information is that of RCDNet, which alone has 40.00 and 31.28 dB",
-        "seconds": round(time.monotonic() - clock),
     } | provenance("hodl-rain", ("rain100l", "rain100h"), (1,), TRAINED.values())
