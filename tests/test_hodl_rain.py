@@ -6,10 +6,10 @@ from scipy.optimize import minimize
 
 from odlkit import data
 from odlkit.metrics import psnr
+from odlkit.models.hodl_deblur import Iteration
 from odlkit.models.hodl_rain import (
     MARGIN,
     SLOPES,
-    Iteration,
     Shifts,
     Split,
     Streaks,
@@ -201,7 +201,7 @@ def test_the_bound_holds_and_the_iteration_settles_where_it_holds():
     seen_b, seen_r, _ = net.prior(padded(y)).split([4, 4, 3], 1)
     D_net = net.network(one, seen_b, seen_r)
     assert local_norm(lambda z: D_net(z), one.start()) <= lipschitz(net) + 1e-9
-    run = propagate(Iteration(T, one), Problem(LeastSquares(Identity(), one.b)), one.start(), steps=60)
+    run = propagate(Iteration(T, one.energy), Problem(LeastSquares(Identity(), one.b)), one.start(), steps=60)
     moves = run.trace["change"]
     assert (moves[1:] <= moves[:-1] * (1 + 1e-12)).all() and moves[-1] < 0.1 * moves[0]
     for layer, _ in iterated(net):

@@ -111,15 +111,17 @@ class Deconvolution(nn.Module):
 
 @dataclass
 class Iteration:
-    """``u^{k+1} = T(u^k)`` as a step of `odlkit.propagate.propagate`."""
+    """``u^{k+1} = T(u^k)`` as a step of `odlkit.propagate.propagate`; ``energy(u)``, where there is one, is recorded."""
 
     T: Map
+    energy: Callable[[Tensor], Tensor] | None = None
 
     def init(self, problem: Problem, x0: Tensor) -> State:
         return State(x0)
 
     def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
-        return state.next(self.T(state.x, None, state.k)), {}
+        u = self.T(state.x, None, state.k)
+        return state.next(u), {"energy": self.energy(u)} if self.energy else {}
 
 
 def plugged(unit: UNet, depth: int = 7, **start: Any) -> Deconvolution:

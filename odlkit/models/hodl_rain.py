@@ -22,8 +22,7 @@ from odlkit.linear import Operator
 from odlkit.models.hodl import Map, averaged, compose
 from odlkit.networks.nonexpansive import soft
 from odlkit.networks.normalize import OperatorNorm, conv_norm_bound
-from odlkit.problem import Problem, sum_items
-from odlkit.propagate import Record, State
+from odlkit.problem import sum_items
 
 REACH = 4  # rows between the two pixels of a difference along the streaks
 SLOPES = range(-3, 4)  # the columns between them that are tried: up to 37 degrees from the vertical
@@ -324,18 +323,3 @@ def lipschitz(net: Streaks) -> float:
         for layer in part:
             norms[i] *= conv_norm_bound(layer.weight)
     return max(1.0, (norms[0] ** 2 + norms[1] ** 2) ** 0.5)
-
-
-@dataclass
-class Iteration:
-    """``z^{k+1} = T(z^k)`` as a step of `odlkit.propagate.propagate`, with the energy of `Split`."""
-
-    T: Map
-    split: Split
-
-    def init(self, problem: Problem, x0: Tensor) -> State:
-        return State(x0)
-
-    def __call__(self, problem: Problem, state: State) -> tuple[State, Record]:
-        z = self.T(state.x, None, state.k)
-        return state.next(z), {"energy": self.split.energy(z)}

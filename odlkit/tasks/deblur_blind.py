@@ -23,7 +23,7 @@ from odlkit.propagate import Result
 from odlkit.tasks.deblur import check as check_step
 from odlkit.tasks.deblur import deblur, estimate_noise, extend
 from odlkit.tasks.deblur_gdc import proposition_1
-from odlkit.tasks.report import Outcome, check_finite, check_model, report
+from odlkit.tasks.report import Outcome, check_finite, check_model, report, weakest
 
 SIZE = 27  # pixels a side of the kernel, unless told otherwise
 NOISE = 0.02  # the least noise level of the last step, whose kernel is only an estimate
@@ -57,39 +57,36 @@ def deblur_blind(
     kernel, runs = estimate(luminance, size, model, settings, progress)
     level = estimate_noise(luminance) if sigma is None else float(sigma)
     x, told = deblur(y, kernel, max(level, NOISE), final, tile=tile, progress=progress)
+    judged = [[proposition_1(run) for run in level_runs] for level_runs in runs]
     about = {"size": size, "sigma": level, "sigma_used": max(level, NOISE), "final": final, "tile": tile}
     return x, report(
         "deblur-blind",
         model,
         clock,
-        [Outcome(run.x, run, proposition_1(run)) for level_runs in runs for run in level_runs],
+        [Outcome(run.x, run, words) for level in zip(runs, judged, strict=True) for run, words in zip(*level, strict=True)],
         y,
         x,
         settings=about,
         notes=[] if sigma is not None else [f"sigma: not given, estimated as {level:.4f}"],
         iterations=sum(map(len, runs)),
         kernel=kernel.double().tolist(),
-        certificate=certificate(runs) if MODELS[model].checked else NO_THEOREM,
+        certificate=certificate(judged) if MODELS[model].checked else NO_THEOREM,
         final={key: told[key] for key in ("model", "status", "iterations", "certificate", "seconds")},
     )
 
 
-def certificate(runs: list[list[Result]]) -> dict[str, Any]:
+def certificate(judged: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Proposition 1 in every alternation, and by level how many proposals the control let pass and the least margin."""
-    told = [[proposition_1(run) for run in level] for level in runs]
-    flat = [one for level in told for one in level]
-    levels = []
-    for level in told:
-        rate, margin = sum(one["acceptance_rate"] for one in level) / len(level), min(one["margin"] for one in level)
-        levels.append({"alternations": len(level), "acceptance_rate": rate, "margin": margin})
+    flat, levels = [one for level in judged for one in level], []
+    for level in judged:
+        of = weakest(level)
+        levels.append({"alternations": len(level), "acceptance_rate": of["acceptance_rate"], "margin": of["margin"]})
     return {
         "guarantee": flat[0]["guarantee"],
         "statement": "with the kernel fixed the energy of the gradients falls, in every alternation; nothing is known of "
         "the kernel",
         "of": "the gradients on the larger periodic grid, the unseen part of the data filled in, one kernel at a time",
-        "holds": all(one["holds"] for one in flat),
-        "margin": min(one["margin"] for one in flat),
-        "acceptance_rate": sum(one["acceptance_rate"] for one in flat) / len(flat),
+        **weakest(flat),
         "levels": levels,
     }
 

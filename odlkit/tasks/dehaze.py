@@ -19,9 +19,9 @@ from odlkit import weights
 from odlkit.models.padnet import Implicit, Schedule
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem
-from odlkit.propagate import Result, State, Status, Trace, propagate
+from odlkit.propagate import propagate
 from odlkit.tasks.deblur import theorem_2
-from odlkit.tasks.report import Model, Outcome, check_finite, check_model, report
+from odlkit.tasks.report import Model, Outcome, check_finite, check_model, formula, report
 
 CUBE = (20 / 255, 300 / 255)  # C_0 and C_1 of Meng et al.: no scene is darker or brighter
 PATCH, CLOSING = 15, 3  # sides of the dark channel's window and of the guidance's
@@ -156,16 +156,11 @@ def _ipadnet(hazy: Tensor, light: Tensor, steps: int | None, progress: bool) -> 
 
 def _dcp(hazy: Tensor, light: Tensor, steps: int | None, progress: bool) -> Outcome:
     t = guided_filter(hazy.mean(1, keepdim=True), dark_prior(hazy, light))
-    return _formula(t, "the dark channel of the scene is taken for 0")
+    return formula(t, "a formula: the dark channel of the scene is taken for 0")
 
 
 def _guidance(hazy: Tensor, light: Tensor, steps: int | None, progress: bool) -> Outcome:
-    return _formula(guidance(hazy, light), "a lower bound of the transmission is taken for it")
-
-
-def _formula(t: Tensor, statement: str) -> Outcome:
-    words = {"guarantee": "none", "statement": f"a formula: {statement}", "holds": None}
-    return Outcome(t, Result(t, Status.CONVERGED, 0, 0.0, Trace(), State(t)), words)
+    return formula(guidance(hazy, light), "a formula: a lower bound of the transmission is taken for it")
 
 
 MODELS = {  # each run as run(hazy, light, steps, progress)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from odlkit import weights
-from odlkit.models.hodl_rain import Iteration, Streaks, cropped, padded
+from odlkit.models.hodl_deblur import Iteration
+from odlkit.models.hodl_rain import Streaks, cropped, padded
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import Result, propagate
@@ -25,7 +26,7 @@ def iterated(net: Streaks, y: Tensor, steps: int | None = None, progress: bool =
     T, split = net.map(padded(y))
     start = split.start()
     problem = Problem(LeastSquares(Identity(), split.b))  # of which the step needs nothing
-    result = propagate(Iteration(T, split), problem, start, steps=steps or net.depth, progress=progress)
+    result = propagate(Iteration(T, split.energy), problem, start, steps=steps or net.depth, progress=progress)
     result.trace.start["energy"] = split.energy(start)
     return cropped(split.parts(result.x)[0], y), result
 

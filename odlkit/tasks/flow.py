@@ -17,9 +17,8 @@ from torch import Tensor
 from odlkit import weights
 from odlkit.models.flow import Estimate, Settings, estimate
 from odlkit.problem import norm_items
-from odlkit.propagate import Result, State, Status, Trace
 from odlkit.tasks.deblur_gdc import proposition_1
-from odlkit.tasks.report import Outcome, check_finite, check_model, report
+from odlkit.tasks.report import Outcome, check_finite, check_model, formula, report, weakest
 
 ALONE = Settings(warps=0)
 
@@ -44,22 +43,21 @@ def optical_flow(y: Tensor, model: str = "gdc", *, second: Tensor, progress: boo
     found = MODELS[model].run(y.expand(-1, 3, -1, -1), second.to(y).expand(-1, 3, -1, -1), progress)
     length = norm_items(found.flow.movedim(1, -1).flatten(0, -2)).view(len(y), -1)
     ends = {"mean": length.mean(1).tolist(), "largest": length.amax(1).tolist()}
-    return found.flow, report("flow", model, clock, outcomes(found), y, found.flow, **told(found), flow=ends)
+    warps = outcomes(found)
+    return found.flow, report("flow", model, clock, warps, y, found.flow, **told(found, warps), flow=ends)
 
 
 def outcomes(found: Estimate) -> list[Outcome]:
     """One for each warp; a single one without a guarantee for a method that has no control."""
     warps = [Outcome(run.x, run, proposition_1(run)) for runs in found.runs for run in runs]
-    words = {"guarantee": "none", "statement": "nothing is checked: no theorem", "holds": None}
-    return warps or [Outcome(found.flow, Result(found.flow, Status.CONVERGED, 0, 0.0, Trace(), State(found.flow)), words)]
+    return warps or [formula(found.flow, "nothing is checked: no theorem")]
 
 
-def told(found: Estimate) -> dict[str, Any]:
+def told(found: Estimate, warps: list[Outcome]) -> dict[str, Any]:
     """Entries of the report: Proposition 1 in every warp, each level's energies, what became of the network's moves."""
-    proved = [proposition_1(run) for runs in found.runs for run in runs]
-    if not proved:
+    if not any(found.runs):
         return {}
-    levels = []
+    proved, levels = [one.certificate for one in warps], []
     for energies, kept, runs in zip(found.energies, found.kept, found.runs, strict=True):
         names = ("start", "end") if len(energies) == 2 else ("start", "network", "end")
         level: dict[str, Any] = {name: value.tolist() for name, value in zip(names, energies, strict=True)}
@@ -74,10 +72,8 @@ def told(found: Estimate) -> dict[str, Any]:
             "statement": "the energy linearised at a warp's start falls in every warp; the energy itself is not convex, and "
             "neither the median between warps nor the next level is covered",
             "of": "one warp at a time",
-            "holds": all(one["holds"] for one in proved),
-            "margin": min(one["margin"] for one in proved),
+            **weakest(proved),
             "kappa": min(one["kappa"] for one in proved),
-            "acceptance_rate": sum(one["acceptance_rate"] for one in proved) / len(proved),
         },
     }
 

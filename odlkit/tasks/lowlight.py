@@ -18,9 +18,9 @@ from odlkit.models.hodl_light import LEAST, Illumination, radiance, smoothed
 from odlkit.networks.normalize import local_norm
 from odlkit.operators import Identity
 from odlkit.problem import LeastSquares, Problem
-from odlkit.propagate import Result, State, Status, Trace, propagate
+from odlkit.propagate import propagate
 from odlkit.tasks.denoise import denoise
-from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_finite, check_model, report
+from odlkit.tasks.report import ROUND_OFF, Model, Outcome, check_finite, check_model, formula, report
 
 WEIGHTS = "hodl-light"
 STEPS, TOLERANCE = 60, 1e-5  # of the fixed point: relative change
@@ -98,8 +98,7 @@ def _retinex(y: Tensor, steps: int | None, progress: bool) -> Outcome:
     """The channel maximum, smoothed and to the power 0.8.  Source: LIME (Guo et al. 2017), with a guided filter."""
     bright = y.amax(1, keepdim=True)
     u = smoothed(bright, RADIUS, 1e-3).maximum(bright).clamp(LEAST, 1) ** POWER
-    words = {"guarantee": "none", "statement": "a formula: the light is what the brightest channel shows", "holds": None}
-    return Outcome(radiance(y, u), Result(u, Status.CONVERGED, 0, 0.0, Trace(), State(u)), words)
+    return formula(radiance(y, u), "a formula: the light is what the brightest channel shows", u)
 
 
 MODELS = {  # each run as run(y, steps, progress)

@@ -99,6 +99,21 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
+def weakest(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One verdict on several certified runs: whether all hold, the least margin, and the mean share of accepted moves."""
+    return {
+        "holds": all(one["holds"] for one in told),
+        "margin": min(one["margin"] for one in told),
+        "acceptance_rate": sum(one["acceptance_rate"] for one in told) / len(told),
+    }
+
+
+def formula(x: Tensor, statement: str, found: Tensor | None = None) -> Outcome:
+    """What a formula hands back: nothing is iterated or proved.  ``found`` is what it estimates, where that is not ``x``."""
+    found = x if found is None else found
+    return Outcome(x, Result(found, Status.CONVERGED, 0, 0.0, Trace(), State(found)), unproved(statement))
+
+
 def recorded(images: Sequence[Tensor], x: Tensor) -> Result:
     """Images made one after the other from ``x``, not by `propagate`, as a run: ``change`` and ``norm`` of each."""
     trace, relative = Trace(), torch.inf

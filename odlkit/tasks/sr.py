@@ -24,11 +24,11 @@ from odlkit.models.podm import PODM, Constants, Relaxed
 from odlkit.operators import BlurDecimate, Wavelet
 from odlkit.priors import Analysis, Box, Lp
 from odlkit.problem import LeastSquares, Problem
-from odlkit.propagate import Record, Result, State, Status, Trace, propagate
+from odlkit.propagate import Record, Result, State, Trace, propagate
 from odlkit.solvers import FISTA, PlugAndPlay, tikhonov
 from odlkit.tasks import dgunet
 from odlkit.tasks.deblur_podm import proposition_1
-from odlkit.tasks.report import Model, Outcome, check_image, check_model, good_size, report, unit_kernel, unproved
+from odlkit.tasks.report import Model, Outcome, check_image, check_model, formula, good_size, report, unit_kernel, unproved
 
 SCALES = (2, 3, 4)
 SMOOTH = 1e-3  # weight of the smoothness in the interpolation that relaxed PODM starts from
@@ -258,7 +258,7 @@ def _fista(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, pro
 
 def _bicubic(operator: BlurDecimate, y: Tensor, scale: int, steps: int | None, progress: bool) -> Outcome:
     x = bicubic(operator, y)
-    return Outcome(x, Result(x, Status.CONVERGED, 0, 0.0, Trace(), State(x)), unproved("a formula, nothing is iterated"))
+    return formula(x, "a formula, nothing is iterated")
 
 
 MODELS = {
