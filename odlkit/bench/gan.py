@@ -52,9 +52,9 @@ def run(progress: bool = False) -> dict[str, Any]:
             rows.append(one)
             kept |= {method: (1000 * points).round().int().tolist()} if name == "Adam" else {}
     return {
-        "claim": f"A ring of eight Gaussians after {STEPS} steps of the generator, in two rows {LONGER}, equal networks: modes with "
-        "20 or more of 2500 points within 3 sigma, for each seed, and the share of such points. Critic steps are those of the "
-        "discriminator's optimiser for one of the generator; HODL looks through five more, plain gradient ones",
+        "claim": f"A ring of eight Gaussians after {STEPS} steps of the generator, in two rows {LONGER}, equal networks: "
+        "modes with 20 or more of 2500 points within 3 sigma, for each seed, and the share of such points. Critic steps are "
+        "those of the discriminator's optimiser for one of the generator; HODL looks through five more, plain gradient ones",
         "rows": rows,
         "why_they_differ": "the paper prints modes of one run each, with SGD and a number of steps that it does not give; "
         "here the networks are smooth, the optimiser is Adam, and the last rows repeat SGD with the paper's step and batch. "
