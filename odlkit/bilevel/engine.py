@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from odlkit.bilevel.solves import Solve, Status, ravel, size, solve, unravel
 from odlkit.bilevel.ways import Implicit, Leaves, Linearised, Lower, Tape, Truncated, Unrolled, change, descent
@@ -38,6 +38,33 @@ class Result:
     adjoint_residual: float | None = None
     warm: Tensor | None = None  # the adjoint solution: give it to the next call
     failure: str = ""  # what LowerLevelError says
+
+    def attached(self, params: Any) -> Tensor:
+        """The value, with the gradient where autograd looks for it: ``result.attached(params).backward()``.
+
+        ``params`` are those that `hypergradient` had, with their graph: leaves get ``.grad``, whatever they were computed
+        from gets its own by the chain rule.  Raises ``ValueError`` where the trees differ or there is no gradient.
+        """
+        leaves, spec = tree_flatten(params)
+        slopes, own = tree_flatten(self.gradient)
+        if spec != own:
+            raise ValueError(f"params: expected the tree of the gradient, {own}, got {spec}")
+        return _Attached.apply(self.value, slopes, *leaves)
+
+
+class _Attached(torch.autograd.Function):
+    """A number whose derivatives are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slopes: Leaves, *leaves: Tensor) -> Tensor:
+        """The number."""
+        ctx.slopes = slopes
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        """Its derivatives times ``v``."""
+        return None, None, *(v * slope for slope in ctx.slopes)
 
 
 class LowerLevelError(RuntimeError):
