@@ -32,7 +32,7 @@ class CascadeNet(nn.Module):
 
     and are learned as factors ``exp(4 (a + b log10(sigma / 0.02)))``.  Untrained it is the greedy cascade.  ``last`` =
     None is sigma itself.  With ``guided`` G also sees a picture of one channel, such as the mask of an interpolation.  In
-    training mode G computes in bfloat16.  (GDC section VI-C, Tables III and IV.)
+    training mode G computes in bfloat16, unless ``mixed`` is False.  (GDC section VI-C, Tables III and IV.)
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class CascadeNet(nn.Module):
         guided: bool = False,
     ):
         super().__init__()
+        self.mixed = True
         if scheme not in ("GM", "GD", "GC", "GDC"):
             raise ValueError(f"scheme: expected GM, GD, GC or GDC, got {scheme!r}")
         if ("D" in scheme) != (classifier is not None):
@@ -94,7 +95,7 @@ class CascadeNet(nn.Module):
 
         def network(v: Tensor, level: Tensor) -> Tensor:
             z = v if guide is None else torch.cat([v, guide.to(v).expand(len(v), -1, -1, -1)], 1)
-            with torch.autocast(v.device.type, torch.bfloat16, enabled=self.training):
+            with torch.autocast(v.device.type, torch.bfloat16, enabled=self.training and self.mixed):
                 noise = self.unit(z, level)[:, : v.shape[1]]
             return v - level * noise.to(v)
 

@@ -21,6 +21,7 @@ from torch.nn import functional as nnf
 from odlkit import data
 from odlkit.training.dgunet import restorer
 from odlkit.training.loop import patches
+from odlkit.training.machine import times
 from odlkit.training.padnet import pictures
 
 SIDE = 48  # of the patches: noise is local
@@ -167,7 +168,7 @@ class Mixture:
         return torch.where(own, photographs, tinted(first, second, generator))
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        real, camera, colour, gray = self.counts
+        real, camera, colour, gray = map(times, self.counts)
         clean, noisy = patches(self.pairs, real, SIDE, generator).split(3, dim=1)
         x = self.clean(camera + colour, generator)
         plain = patches(self.gray, gray, SIDE, generator)

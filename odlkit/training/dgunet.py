@@ -19,7 +19,8 @@ from odlkit import weights
 from odlkit.metrics import psnr
 from odlkit.models.dgunet import DGUNet, Sensing
 from odlkit.training.loop import fit, patches, ship
-from odlkit.training.padnet import DATA, best_device, pictures
+from odlkit.training.machine import autocast, best_device, times
+from odlkit.training.padnet import DATA, pictures
 
 SMALL: dict[str, Any] = {"width": 16, "step": 8, "tail": 8, "stages": 5, "scales": 3, "fused": 2}
 
@@ -82,7 +83,7 @@ def restorer(
 
     def loss(generator: torch.Generator) -> Tensor:
         x, *given = sample(generator)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast():
             return charbonnier(restore(given), x.to(device), edges)
 
     def validate() -> float:
@@ -91,7 +92,7 @@ def restorer(
         return sum(scores) / len(scores)
 
     plan: dict[str, Any] = {"steps": steps, "lr": lr, "warmup": warmup, "final": final, "stop": stop}
-    record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=validate)
+    record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=validate, compiled=[net])
     ship(net, out, name, record, what=what, data=data, network={"kind": "dgunet", **net.config})
 
 
@@ -123,8 +124,8 @@ def sensing(
         net.load_state_dict(fresh | kept)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, batch, side, generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        x = patches(train, times(batch), side, generator).to(device)
+        with autocast():
             return all_stages(net(net.operator.A(x)), x)
 
     def validate() -> float:
@@ -132,7 +133,7 @@ def sensing(
         with torch.no_grad():
             return psnr(net(net.operator.A(x))[-1], x).mean().item()
 
-    record = fit(net, loss, steps=steps, lr=lr, out=out, name=name, resume=resume, validate=validate)
+    record = fit(net, loss, steps=steps, lr=lr, out=out, name=name, resume=resume, validate=validate, compiled=[net])
     what = f"DGUNet for compressive sensing at {ratio:.0%}, with its sampling matrix; {net.net.setting.stages} stages"
     ship(net, out, name, record, what=what + told, data=DATA, network={"kind": "sensing", **net.config})
     return net

@@ -18,7 +18,7 @@ from odlkit import data
 from odlkit.flow import end_point_error, resized, warp
 from odlkit.networks import FlowNet
 from odlkit.training.loop import fit, patches, ship
-from odlkit.training.padnet import best_device
+from odlkit.training.machine import best_device, times
 
 BATCH, SIDE, MARGIN, OBJECTS, HELD_OUT = 4, 128, 16, 3, 8
 
@@ -100,7 +100,7 @@ def seen(frame: Tensor, generator: torch.Generator, change: float) -> Tensor:
 
 def loss_of(net: FlowNet, sources: list[Tensor], generator: torch.Generator) -> Tensor:
     """End-point error in pixels of the frame, of all levels; each coarser one counts half as much."""
-    first, second, truth = (z.to(best_device()) for z in scenes(sources, BATCH, SIDE, generator))
+    first, second, truth = (z.to(best_device()) for z in scenes(sources, times(BATCH), SIDE, generator))
     total, weight = torch.zeros((), device=truth.device), 1.0
     for flow in reversed(net(first, second)):
         scale = truth.shape[-1] / flow.shape[-1]
@@ -137,6 +137,7 @@ def network(out: Path, resume: bool = False, steps: int = 2400) -> None:
         out=out,
         name="gdc-flow",
         resume=resume,
+        compiled=[net],
     )
     record["validation_end_point_error"] = record.pop("validation_psnr")
     ship(

@@ -26,10 +26,10 @@ from odlkit.problem import Problem
 from odlkit.propagate import iterate
 from odlkit.tasks.inpaint import LEVEL, thin_plate
 from odlkit.training.loop import fit, log_error, patches, ship
+from odlkit.training.machine import best_device, mixed, times
 from odlkit.training.masks import missing_at_random, random_mask
 from odlkit.training.padnet import (
     DATA,
-    best_device,
     deblurring_loss,
     deblurring_score,
     degrade,
@@ -72,7 +72,7 @@ def classifier_network(out: Path, resume: bool = False, steps: int = 2500) -> tu
     net = Classifier().to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 16, 64, generator)
+        x = patches(train, times(16), 64, generator)
         alpha = log_uniform(*LEVELS, len(x), generator)
         y = _noised(x, alpha, generator)[0]
         corrupted, clean = net.logits(torch.cat([y, x]).to(device), torch.cat([alpha, alpha]).to(device)).chunk(2)
@@ -112,6 +112,7 @@ def start(out: Path, resume: bool, scheme: str, width: int = 64, **options: obje
     if net.classifier is not None:
         net.classifier.load_state_dict(classifier.state_dict())
     net.unit.load_state_dict(widened(greedy.state_dict(), net.unit.state_dict()))
+    net.mixed = mixed()
     return net.to(best_device())
 
 
@@ -163,7 +164,7 @@ def deblur(out: Path, resume: bool = False, *, scheme: str, steps: int = 2600, w
     (train, held), restore = pictures(), partial(deblurred, net)
     loss = partial(deblurring_loss, restore, train, SIZE, noise=NOISE, mixed=False)
     score = partial(deblurring_score, restore, held, (0.01, 0.03, 0.1), 176)
-    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name=name, resume=resume, validate=score)
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name=name, resume=resume, validate=score, compiled=[net.unit])
     what = f"GDC for deblurring, scheme {scheme} ({WHAT[scheme]}), {stages} stages trained jointly, networks shared"
     _finish(net, out, name, record, what, f"{DATA} (1, 3 and 10% noise); random blur kernels")
 
@@ -177,7 +178,7 @@ def inpaint(out: Path, resume: bool = False, steps: int = 2500, width: int = 64,
     device, (train, held) = best_device(), pictures()
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 4, SIZE, generator).to(device)
+        x = patches(train, times(4), SIZE, generator).to(device)
         mask = torch.cat([random_mask(SIZE, SIZE, generator) for _ in x]).to(device)
         return log_error(interpolated(net, x, mask), x)
 
@@ -190,6 +191,7 @@ def inpaint(out: Path, resume: bool = False, steps: int = 2500, width: int = 64,
                 scores.append(psnr(interpolated(net, x, mask)[-1], x).item())
         return sum(scores) / len(scores)
 
-    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="gdc-inpaint", resume=resume, validate=validate)
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="gdc-inpaint", resume=resume, validate=validate,
+                 compiled=[net.unit])  # fmt: skip
     what = f"GDC for interpolation, scheme GC, {stages} stages trained jointly, networks shared; G sees the mask"
     _finish(net, out, "gdc-inpaint", record, what, f"{DATA}; pixels missing at random, and text")

@@ -25,7 +25,8 @@ from odlkit.networks import ConvUnit, ResidualNet, fold_batch_norm
 from odlkit.propagate import iterate
 from odlkit.tasks.dehaze import guidance, haze, radiance, seeing, transmission_problem
 from odlkit.training.loop import fit, log_error, patches, ship
-from odlkit.training.padnet import best_device, log_uniform
+from odlkit.training.machine import best_device, times
+from odlkit.training.padnet import log_uniform
 
 LAYERS, FOLD = 17, 4  # of the paper; folded four times four, so that a pixel is seen with 70 others on each side
 FIRST, LAST, DEPTH = 0.5, 0.1, 3  # alpha of the iterations
@@ -114,8 +115,9 @@ def loss_of(move: Callable[..., list[Tensor]], train: list[Tensor], generator: t
     little, as rooms are brighter than landscapes and lamps have a colour.
     """
     thin = torch.rand((), generator=generator).item() < THIN
-    scene = patches(train, BATCH, SIDE, generator).to(best_device())
-    tone = log_uniform(0.5, 1.5, BATCH, generator) * log_uniform(0.9, 1.1, 3 * BATCH, generator).view(BATCH, 3, 1, 1)
+    batch = times(BATCH)
+    scene = patches(train, batch, SIDE, generator).to(best_device())
+    tone = log_uniform(0.5, 1.5, batch, generator) * log_uniform(0.9, 1.1, 3 * batch, generator).view(batch, 3, 1, 1)
     scene = scene ** tone.to(scene)
     seen, t, light = hazy_scenes(scene, generator, thin)
     found = move(seen, light, t, generator)
@@ -155,6 +157,7 @@ def greedy(out: Path, resume: bool = False, steps: int = 4000, width: int = 32) 
         out=out,
         name="padnet-haze-greedy",
         resume=resume,
+        compiled=net.units,
     )
     return ResidualNet([fold_batch_norm(unit.eval())], bound=BOUND)
 
@@ -165,7 +168,8 @@ def joint(out: Path, resume: bool = False, steps: int = 3000, width: int = 32) -
     train, held = pictures()
     loss = partial(loss_of, lambda seen, light, t, generator: unroll(net, seen, light), train)
     validate = partial(score, net, held)
-    record = fit(net, loss, validate=validate, steps=steps, lr=5e-4, out=out, name="padnet-haze", resume=resume)
+    record = fit(net, loss, validate=validate, steps=steps, lr=5e-4, out=out, name="padnet-haze", resume=resume,
+                 compiled=net.units)  # fmt: skip
     ship(
         net,
         out,

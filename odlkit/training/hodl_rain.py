@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from odlkit.metrics import psnr
 from odlkit.models.hodl_rain import Streaks, certified, lipschitz, normalized
 from odlkit.training.loop import fit, log_error, ship
-from odlkit.training.padnet import best_device
+from odlkit.training.machine import best_device, times
 from odlkit.training.rain import COLOUR, HELD_OUT, rainy, scenes
 
 BATCH, SIDE, HEAVY = 4, 80, 0.1
@@ -41,7 +41,7 @@ def train(name: str, about: str, out: Path, resume: bool = False, steps: int = 1
     images, tests = scenes()[0], held_out()
 
     def loss(generator: torch.Generator) -> Tensor:
-        x, y = (t.to(device) for t in rainy(images, BATCH, SIDE, generator, HEAVY))
+        x, y = (t.to(device) for t in rainy(images, times(BATCH), SIDE, generator, HEAVY))
         with parametrize.cached():
             return log_error(net(y), x)
 

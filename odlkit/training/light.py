@@ -25,6 +25,7 @@ from odlkit.models.hodl_light import Illumination, coarse
 from odlkit.networks.lipschitz_cell import OPERATIONS, certified, normalized
 from odlkit.training.camera import display, linear
 from odlkit.training.loop import fit, log_error, ship
+from odlkit.training.machine import times
 
 HELD_OUT, SIDE = 8, (320, 480)
 ALPHA_RATE = 0.01
@@ -170,7 +171,7 @@ def light(out: Path, resume: bool = False, steps: int = 600) -> None:
     normalized(net)
     darks = [(darkened(x, torch.Generator().manual_seed(i)), x) for i, x in enumerate(held)]
     run: dict[str, Any] = {"lr": 3e-3, "out": out, "name": "hodl-light", "resume": resume}
-    loss = partial(loss_of, net, Pictures(clear, pairs, batch=4), 0.25)
+    loss = partial(loss_of, net, Pictures(clear, pairs, batch=times(4)), 0.25)
     record = fit(net, loss, validate=partial(score, net, darks), steps=steps, **run)
     certified(net)
     stored = copy.deepcopy(net).half().float()

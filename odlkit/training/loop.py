@@ -9,14 +9,15 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from odlkit.images import atomic
-from odlkit.training import distributed
+from odlkit.training import distributed, machine
 
 STRIDE = 1_000_003  # between the seeds of a run's streams
 
@@ -67,13 +68,15 @@ def fit(
     validate: Callable[[], float] | None = None,
     clip: float = 1.0,
     stop: int | None = None,
+    compiled: Iterable[nn.Module] = (),
 ) -> dict:
     """Minimise ``loss(generator)`` over ``model`` with Adam, linear warm-up and cosine decay to ``final lr``.
 
     A checkpoint (weights, optimiser, step, generator state) is written to ``out / name.pt`` every ``save_every`` steps by
     rename, so that an interrupted run is resumed exactly with ``resume=True``.  ``stop`` ends the run early, at that step of
-    the schedule: a phase that another one goes on from.  Returns a record of the run for the
-    weights' card.  Raises ``FloatingPointError`` when the loss stops being finite.
+    the schedule: a phase that another one goes on from.  ``compiled`` are the networks that `odlkit.training.machine`
+    compiles where that is asked for.  Returns a record of the run for the weights' card.  Raises ``FloatingPointError``
+    when the loss stops being finite, ``ValueError`` where a run is resumed with another number of processes or batch.
 
     Several processes (`odlkit.training.distributed`) draw from a stream of random numbers each and average their gradients:
     their batch is so many times larger.  Fewer processes that resume such a run go through its streams in turn, to the same
@@ -83,6 +86,8 @@ def fit(
 
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / f"{name}.pt"
+    how = machine.chosen()
+    validate = machine.prepare(list(compiled), validate)
     rank, count = distributed.place()
     streams = [torch.Generator().manual_seed(seed + STRIDE * i) for i in range(count)]
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
@@ -91,6 +96,9 @@ def fit(
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+        if state.get("times", 1) != how.times:
+            was = f"{state.get('times', 1)} times the recipe's, as in {checkpoint}"
+            raise ValueError(f"batch: expected {was}, got {how.times}")
         kept = state["generator"] if isinstance(state["generator"], list) else [state["generator"]]
         if len(kept) % count:
             raise ValueError(f"resume: expected a number of processes that divides {len(kept)}, this run's, got {count}")
@@ -127,6 +135,7 @@ def fit(
                 "optimiser": optimiser.state_dict(),
                 "generator": [numbers[i % count][i // count] for i in range(len(streams))],
                 "step": step + 1,
+                "times": how.times,
                 "seconds": spent + time.monotonic() - clock,
                 "history": history,
             }
@@ -144,7 +153,9 @@ def fit(
         "commit": commit(),
         "history": history[-20:],
         "validation_psnr": history[-1][2] if history else None,
-    } | ({"streams": len(streams)} if len(streams) > 1 else {})
+        **({"streams": len(streams)} if len(streams) > 1 else {}),
+        **({"machine": asdict(how)} if how != machine.Machine() else {}),
+    }
 
 
 def hardware() -> str:

@@ -27,6 +27,7 @@ from odlkit.problem import LeastSquares, Problem
 from odlkit.propagate import iterate
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import fit, log_error, patches, ship
+from odlkit.training.machine import autocast, best_device, times
 
 DEPTH, FIRST, BOUND = 8, 0.2, 3.0  # iterations trained through, alpha_0, and Condition 2's constant per pixel
 HELD_OUT = 12  # the last images of train400, for validation only
@@ -36,11 +37,6 @@ DATA = f"train400 without its last {HELD_OUT} images, which are the validation s
 def log_uniform(low: float, high: float, count: int, generator: torch.Generator) -> Tensor:
     """``count`` noise levels ``(count, 1, 1, 1)``, log-uniform between ``low`` and ``high``."""
     return low * (high / low) ** torch.rand(count, 1, 1, 1, generator=generator)
-
-
-def best_device() -> torch.device:
-    """The GPU where there is one.  Random numbers are drawn on the CPU, so the data are the same everywhere."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pictures() -> tuple[list[Tensor], list[Tensor]]:
@@ -58,11 +54,11 @@ def fit_denoiser(net: ResidualNet, levels: tuple[float, float], **run: Any) -> d
     net.to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 16, 64, generator)
+        x = patches(train, times(16), 64, generator)
         alpha = log_uniform(*levels, len(x), generator)
         noise = torch.randn(x.shape, generator=generator)
         x, alpha, noise = x.to(device), alpha.to(device), noise.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast():
             estimate = net.units[0](x + alpha * noise, alpha)
         return (estimate.float() - noise).square().mean()
 
@@ -74,7 +70,7 @@ def fit_denoiser(net: ResidualNet, levels: tuple[float, float], **run: Any) -> d
         net.train()
         return score
 
-    return fit(net, loss, validate=validate, **run)
+    return fit(net, loss, validate=validate, compiled=net.units, **run)
 
 
 def train_denoiser(
@@ -106,26 +102,30 @@ def degrade(x: Tensor, kernel: Tensor, sigma: Tensor, generator: torch.Generator
 Restore = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]  # (x, kernel, sigma, generator) -> the stages
 
 
-def deblurring_loss(
-    restore: Restore,
+def crops(
     images: Sequence[Tensor],
     side: int,
     generator: torch.Generator,
-    *,
     batch: int = 4,
     noise: tuple[float, float] = (0.003, 0.03),
-    mixed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops ``x`` of that side, a random kernel and a log-uniform level of noise for each."""
+    device = best_device()
+    x = patches(images, times(batch), side, generator).to(device)
+    kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
+    return x, kernel, log_uniform(noise[0], noise[1], len(x), generator).to(device)
+
+
+def deblurring_loss(
+    restore: Restore, images: Sequence[Tensor], side: int, generator: torch.Generator, *, mixed: bool = True, **draw: Any
 ) -> Tensor:
-    """`log_error` of crops of that side, each with a random kernel and a log-uniform level of noise.
+    """`log_error` of `crops` of that side; ``draw`` goes there.
 
     ``mixed``: in bfloat16 where torch finds that safe; a network that sees to this itself needs it not.
     """
-    device = best_device()
-    x = patches(images, batch, side, generator).to(device)
-    kernel = torch.stack([random_kernel(generator) for _ in x])[:, None].to(device)
-    sigma = log_uniform(*noise, len(x), generator).to(device)
+    x, kernel, sigma = crops(images, side, generator, **draw)
     # convolutions only, FFTs and sums stay in float32; a disabled autocast would still share casts between the stages
-    with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+    with autocast() if mixed else nullcontext():
         outputs = restore(x, kernel, sigma, generator)
     return log_error(outputs, x)
 
@@ -165,7 +165,7 @@ def joint(out: Path, resume: bool = False, steps: int = 5000, width: int = 64) -
     restore = partial(unroll, net)
     record = fit(
         net, partial(deblurring_loss, restore, train, 96), validate=partial(deblurring_score, restore, held),
-        steps=steps, lr=5e-4, out=out, name="padnet-image", resume=resume)  # fmt: skip
+        steps=steps, lr=5e-4, out=out, name="padnet-image", resume=resume, compiled=net.units)  # fmt: skip
     assert math.isfinite(record["validation_psnr"])
     what = "IPADNet's network N_alpha on the image domain: one unit of seven convolutions, batch normalization folded"
     network = {"kind": "conv", "units": [unit.config for unit in net.units], "bound": BOUND}

@@ -22,6 +22,7 @@ from odlkit.images import centre
 from odlkit.models.dgunet import SETTINGS
 from odlkit.training.dgunet import restorer
 from odlkit.training.loop import patches
+from odlkit.training.machine import times
 
 HELD_OUT = 16  # pairs, evenly spaced, that validate; no test set is looked at
 FOLDERS = {"derain": "Rain13K", "deblur": "GoPro", "denoise": "SIDD"}
@@ -68,7 +69,7 @@ def train(out: Path, resume: bool = False, *, task: str, **changes: Any) -> None
     middles = [centre(read_pair(*pair, size), size) for pair in held]
     restorer(
         out, resume, name=f"dgunet-{task}-paper", setting=task, held=[(z[:, :3], z[:, 3:]) for z in middles],
-        sample=lambda generator: drawn(seen, batch, size, generator),
+        sample=lambda generator: drawn(seen, times(batch), size, generator),
         what=f"DGUNet for {FOLDERS[task]}, the released setting",
         data=f"{FOLDERS[task]}, {len(seen)} pairs; {len(held)} more validate",
         warmup=2500, **plan, **(asdict(SETTINGS[task]) | changes),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ from odlkit.propagate import iterate
 from odlkit.solvers import tikhonov
 from odlkit.tasks.sr import SMOOTH, bicubic_kernel
 from odlkit.training.loop import fit, log_error, patches, ship
+from odlkit.training.machine import autocast, best_device, times
 from odlkit.training.padnet import (
     DATA,
-    best_device,
     deblurring_loss,
     deblurring_score,
     degrade,
@@ -94,7 +95,8 @@ def deblur(out: Path, resume: bool = False, width: int = 64) -> None:
     for number, (plan, places, smooth, side) in enumerate(PHASES, 1):  # noqa: B007
         net, name = net.rearranged(places), f"rpodm-deblur-{number}"
         loss, score = partial(deblurring_loss, restore, train, side), partial(deblurring_score, restore, held)
-        record = fit(net, loss, **plan, out=out, name=name, resume=resume, validate=score, seed=number - 1)  # type: ignore[arg-type]
+        run: Any = plan | {"out": out, "name": name, "resume": resume, "seed": number - 1}
+        record = fit(net, loss, **run, validate=score, compiled=net.networks)
     record |= {"phases": [list(phase) for phase in PHASES]}
     what = f"relaxed PODM for deblurring: {len(net)} stages, {UNITS} networks of six ELU convolutions"
     _finish(net, out, "rpodm-deblur", record, what, f"{DATA}; random blur kernels")
@@ -114,10 +116,10 @@ def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width:
         return unroll(net, operator, y, x0, torch.full((len(x), 1, 1, 1), LEVEL).to(x), scale)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = patches(train, 4, 96, generator).to(device)
+        x = patches(train, times(4), 96, generator).to(device)
         scale = 2 + int(torch.randint(3, (), generator=generator))
         bicubic = bool(torch.rand((), generator=generator) < 0.6)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast():
             outputs = restore(x, scale, bicubic)
         return log_error(outputs, x)
 
@@ -126,6 +128,7 @@ def super_resolution(out: Path, resume: bool = False, steps: int = 10000, width:
             cut = [x[..., :168, :168].to(device) for x in held]
             return sum(psnr(restore(x, s, True)[-1], x).item() for x in cut for s in (2, 3, 4)) / (3 * len(cut))
 
-    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="rpodm-sr", resume=resume, validate=validate)
+    record = fit(net, loss, steps=steps, lr=5e-4, out=out, name="rpodm-sr", resume=resume, validate=validate,
+                 compiled=net.networks)  # fmt: skip
     what = f"relaxed PODM for super-resolution by 2, 3 and 4: {stages} stages, bicubic or plain decimation, no noise"
     _finish(net, out, "rpodm-sr", record, what, DATA)

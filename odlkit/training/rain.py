@@ -19,6 +19,7 @@ from odlkit import data
 from odlkit.images import centre
 from odlkit.training.dgunet import SMALL, restorer
 from odlkit.training.loop import patches
+from odlkit.training.machine import times
 
 COLOUR = ("cbsd68", "sots_outdoor", "sots_indoor", "set14", "set5", "set3c", "polyu_subset", "lol")
 DEGRADED = {"hazy", "low", "real", "rain"}  # the folder or the end of the name of a file that is no clean scene
@@ -154,9 +155,10 @@ def heavy_pairs() -> list[Tensor]:
 
 
 def mixed(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``(x, y)``: ``batch - 1`` patches under rain that is drawn here, and one of a pair of rain_jorder."""
-    x, y = rainy(scenes()[0], batch - 1, size, generator)
-    pair = patches(heavy_pairs(), 1, size, generator)
+    """``(x, y)``: patches under rain that is drawn here, and one of eight of a pair of rain_jorder."""
+    real = max(batch // 8, 1)
+    x, y = rainy(scenes()[0], batch - real, size, generator)
+    pair = patches(heavy_pairs(), real, size, generator)
     return torch.cat([x, pair[:, :3]]), torch.cat([y, pair[:, 3:]])
 
 
@@ -165,7 +167,7 @@ def derain(out: Path, resume: bool = False, steps: int = 1100) -> None:
     seeds = torch.Generator().manual_seed(1)
     train = partial(
         restorer, out, name="dgunet-derain", held=[rainy([x], 1, 192, seeds, heavy=0.0) for x in scenes()[1]],
-        sample=partial(mixed, 8, 64), what=f"DGUNet for rain, {SMALL['stages']} stages",
+        sample=partial(mixed, times(8), 64), what=f"DGUNet for rain, {SMALL['stages']} stages",
         data=f"colour images of {', '.join(COLOUR)}, no scene of Rain100L, under drawn rain, {HEAVY:.0%} of it heavy, "
         f"one patch in eight of rain_jorder; {HELD_OUT} scenes under light rain are the validation set",
     )  # fmt: skip

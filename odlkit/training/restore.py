@@ -21,6 +21,7 @@ from odlkit.tasks.sr import SCALES, bicubic_kernel
 from odlkit.training.dgunet import restorer
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import patches
+from odlkit.training.machine import times
 from odlkit.training.masks import random_mask
 from odlkit.training.padnet import DATA, log_uniform, pictures
 
@@ -82,7 +83,7 @@ def motion(out: Path, resume: bool = False, steps: int = 1500, slow: tuple[int, 
     train, held = pictures()
 
     def sample(generator: torch.Generator, side: int) -> tuple[Tensor, Tensor]:
-        return blurred(patches(train, 4, 72 + side - 1, generator), generator, side)
+        return blurred(patches(train, times(4), 72 + side - 1, generator), generator, side)
 
     run = partial(
         restorer, out, name="dgunet-deblur", setting="deblur", channels=1,
@@ -100,7 +101,7 @@ def known(out: Path, resume: bool = False, steps: int = 2200) -> None:
 
     def sample(generator: torch.Generator) -> Known:
         kind = KINDS[int(torch.randint(len(KINDS), (), generator=generator))]
-        return kind(patches(train, 5, 72, generator), generator)
+        return kind(patches(train, times(5), 72, generator), generator)
 
     restorer(
         out, resume, name="dgunet-known", sample=sample, held=known_pairs(held), setting="deblur", edges=0.0,
