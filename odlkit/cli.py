@@ -257,18 +257,34 @@ def _certificate_line(entry: dict) -> str:
 @click.argument("recipe")
 @click.option("--out", default="runs", show_default=True, help="Folder for checkpoints, weights and card.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in that folder.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["bf16", "float32"]), default="bf16", show_default=True, help="Of networks.")
+@click.option("--compile", "backend", is_flag=True, help="Compile the networks with torch.compile; takes a minute first.")
+@click.option("--batch", "times", type=int, default=1, show_default=True, help="So many times the recipe's batch.")
+@click.option(
+    "--memory",
+    type=click.Choice(["full", "checkpointed", "rebuilt"]),
+    default=None,
+    help="How much of the unrolled iteration is kept, for recipes that offer it.",
+)
 @click.option("--timeout", default=300.0, show_default=True, help="Under torchrun: seconds to wait for another process.")
-def train(recipe, out, resume, timeout) -> None:
+def train(recipe, out, resume, device, precision, backend, times, memory, timeout) -> None:
     """Train the network RECIPE, named as in `odlkit models`; needs its data in the folder that ODLKIT_DATA names.
 
     With `torchrun --nproc-per-node N -m odlkit train RECIPE`, N processes train it on N times the batch.
     """
+    from inspect import signature
+
     from odlkit import training
-    from odlkit.training import distributed
+    from odlkit.training import distributed, machine
 
     make = training.recipe(recipe)
-    with distributed.joined(timeout):
-        make(Path(out), resume)
+    options = {} if memory is None else {"memory": memory}
+    for name in options.keys() - signature(make).parameters.keys():
+        raise ValueError(f"{name}: expected no value, the recipe {recipe} does not use it")
+    how = machine.Machine(device, precision, "inductor" if backend else None, times)
+    with machine.on(how), distributed.joined(timeout):
+        make(Path(out), resume, **options)
 
 
 @main.command()

@@ -46,6 +46,7 @@ class Deconvolution(nn.Module):
         self, unit: dict, depth: int = 7, theta: float | None = None, alpha: float = 0.95, start: dict | None = None
     ):
         super().__init__()
+        self.mixed = True
         start = START | (start or {})
         if start.keys() != START.keys():
             raise ValueError(f"start: expected only {', '.join(START)}, got {', '.join(start)}")
@@ -70,9 +71,9 @@ class Deconvolution(nn.Module):
         return level, 2 * self.config["start"]["trust"] * (sigma / level).square() * self.factor("rho", sigma, k)
 
     def denoise(self, u: Tensor, sigma: Tensor, k: int) -> Tensor:
-        """``D_net(u)`` of step k; in training mode the network computes in bfloat16."""
+        """``D_net(u)`` of step k; in training mode the network computes in bfloat16, unless ``mixed`` is False."""
         level = self.plan(sigma, k)[0]
-        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.training):
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.training and self.mixed):
             out = self.unit(u, level)
         return u - level * out.to(u) if self.theta is None else torch.lerp(u, out.to(u), self.theta)
 
@@ -101,12 +102,26 @@ class Deconvolution(nn.Module):
     def map(self, operator: LinearMap, b: Tensor, sigma: Tensor) -> tuple[Map, Tensor]:
         """``T(u, params, k)``, params unused, and ``u^0``.  Eq: HODL (3)."""
         D_num = self.numerical(operator, b, sigma)
+        return self.step(D_num, sigma), D_num(0)(b, None, 0)
+
+    def step(self, D_num: Callable[[int], Map], sigma: Tensor) -> Map:
+        """``T(u, params, k)`` from `numerical`'s ``k -> D_num``."""
 
         def T(u: Tensor, params: Any, k: int) -> Tensor:
             D = compose(D_num(k + 1), lambda u, params, k: self.denoise(u, sigma, k))
             return averaged(D, self.alpha)(u, params, k)
 
-        return T, D_num(0)(b, None, 0)
+        return T
+
+    def forward(self, operator: LinearMap, b: Tensor, sigma: Tensor, u: Tensor, k: int) -> Tensor:
+        """The k-th of the maps of a run: ``u^0`` from the data for k = 0, T for 1 ... depth, then ``D_net``.
+
+        A run as one map of k, which `odlkit.bilevel` can differentiate in parts.
+        """
+        if k > self.depth:
+            return self.denoise(u, sigma, self.depth)
+        D_num = self.numerical(operator, b, sigma)
+        return self.step(D_num, sigma)(u, None, k - 1) if k else D_num(0)(b, None, 0)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from odlkit.bilevel import descent, hypergradient
+from odlkit.training.machine import best_device
 
 Stack = list[Tensor]  # weights (S, in, out) and biases (S, 1, out) in turn, S seeds
 MODES, RADIUS, SIGMA = 8, 2.0, 0.05
@@ -162,16 +163,17 @@ def train(
 ) -> Trained:
     """Alternate ``method.critics`` steps of the discriminators and one of the generators, ``steps`` times.
 
-    ``optimiser``: ``"adam"``, betas (0.5, 0.999), or ``"sgd"``, for both networks.  ``look_at``: steps at which 500 points
-    are generated and kept.  Raises `odlkit.bilevel.LowerLevelError` where the inner steps diverge.
+    On the best device.  ``optimiser``: ``"adam"``, betas (0.5, 0.999), or ``"sgd"``, for both networks.  ``look_at``: steps
+    at which 500 points are generated and kept.  Raises `odlkit.bilevel.LowerLevelError` where the inner steps diverge.
     """
     from tqdm import trange
 
     if optimiser not in ("adam", "sgd"):
         raise ValueError(f"optimiser: expected 'adam' or 'sgd', got {optimiser!r}")
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    g, d = network(draws, LATENT, 2), network(draws, 2, 1)
-    latent = normal(draws, 500, LATENT)
+    where = best_device()
+    g, d = ([p.to(where) for p in network(draws, *ends)] for ends in ((LATENT, 2), (2, 1)))
+    latent = normal(draws, 500, LATENT).to(where)
     both = [p.requires_grad_() for p in (*g, *d)]
     make = torch.optim.SGD if optimiser == "sgd" else lambda p, lr: torch.optim.Adam(p, lr, (0.5, 0.999))
     of_g, of_d = make(both[: len(g)], lr=lr), make(both[len(g) :], lr=lr)
@@ -180,13 +182,13 @@ def train(
     def watch(step: int) -> None:
         if step in look_at:
             with torch.no_grad():
-                done.frames[step] = apply(g, latent)
+                done.frames[step] = apply(g, latent).cpu()
 
     for step in trange(steps, desc=progress, disable=not progress):
         watch(step)
         anchor = [p.detach().clone() for p in d]
         for _ in range(method.critics):
-            seen = Batch(ring(draws, batch), normal(draws, batch, LATENT), anchor)
+            seen = Batch(ring(draws, batch).to(where), normal(draws, batch, LATENT).to(where), anchor)
             frozen = [p.detach() for p in g]
             of_d.zero_grad()
             method.loss(d, frozen, seen).backward()
@@ -215,4 +217,4 @@ def coverage(points: Tensor, least: int = 20) -> tuple[Tensor, Tensor]:
 def sample(generator: Stack, count: int = 2500, seed: int = 10_000) -> Tensor:
     """Generated points ``(S, count, 2)``, of fresh latent draws."""
     draws = [torch.Generator().manual_seed(seed)] * len(generator[0])
-    return apply(generator, normal(draws, count, LATENT))
+    return apply(generator, normal(draws, count, LATENT).to(generator[0])).cpu()

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from odlkit.bilevel import Unrolled, hypergradient
 from odlkit.models.hodl_deblur import Deconvolution
 from odlkit.networks import ResidualNet, UNet
 from odlkit.networks.unet import as_identity, certified, lipschitz, normalized
-from odlkit.training.loop import fit, ship
+from odlkit.operators import Blur
+from odlkit.training import machine
+from odlkit.training.loop import fit, log_error, ship
 from odlkit.training.padnet import (
     DATA,
-    best_device,
+    crops,
     deblurring_loss,
     deblurring_score,
     degrade,
@@ -55,14 +58,43 @@ def unroll(net: Deconvolution, x: Tensor, kernel: Tensor, sigma: Tensor, generat
     return [*outputs, net.denoise(u, sigma, net.depth)]
 
 
-def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run: Any) -> dict:
-    """Train everything in ``net`` through its K steps on random kernels and noise; returns the record of `fit`."""
-    train, held = pictures()
-    net.to(best_device())
+def by_parts(net: Deconvolution, x: Tensor, blur: Blur, b: Tensor, sigma: Tensor, memory: str) -> Tensor:
+    """The loss of `unroll`'s stages, its gradient taken by `odlkit.bilevel.Unrolled` with that ``memory``.
 
+    `log_error` is a sum over the stages, so the lower level carries, beside u, what it amounts to so far: the same number
+    and gradient, and no graph longer than a part of the run.
+    """
+    w, last = dict(net.named_parameters()), net.depth + 1
+    counted = range(last // 2 + 1, last)  # the maps behind the stages, but the last one, that `log_error` looks at
+
+    def maps(u: Tensor, w: Any, k: int) -> Tensor:
+        return torch.func.functional_call(net, w, (blur, b, sigma, u, k))
+
+    def step(state: dict[str, Tensor], w: Any, k: int) -> dict[str, Tensor]:
+        u = maps(state["u"], w, k)
+        return {"u": u, "loss": state["loss"] + log_error([u], x) * (0.1 / len(counted) if k in counted else 0.0)}
+
+    def upper(state: dict[str, Tensor], w: Any) -> Tensor:
+        return state["loss"] + log_error([maps(state["u"], w, last)], x)
+
+    start = {"u": b, "loss": b.new_zeros(())}
+    return hypergradient(step, upper, w, start, steps=last, way=Unrolled(memory)).attached(w)
+
+
+def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, memory: str | None = None, **run: Any) -> dict:
+    """Train everything in ``net`` through its K steps on random kernels and noise; returns the record of `fit`.
+
+    ``memory`` is that of `odlkit.bilevel.Unrolled`; None leaves the run to autograd as a whole.
+    """
+    train, held = pictures()
+    net.mixed = machine.mixed()
+    net.to(machine.best_device())
     restore = partial(unroll, net)
 
     def loss(generator: torch.Generator) -> Tensor:
+        if memory is not None:
+            x, kernel, sigma = crops(train, size, generator, batch, NOISE)
+            return by_parts(net, x, *degrade(x, kernel, sigma, generator), sigma, memory)
         with parametrize.cached():  # a normalized network is normalized once a step
             return deblurring_loss(restore, train, size, generator, batch=batch, noise=NOISE, mixed=False)
 
@@ -75,7 +107,9 @@ def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, **run
     return fit(net, loss, validate=validate, **run)
 
 
-def deblur(out: Path, resume: bool = False, steps: int = 1800, slow: tuple[int, int] = (2600, 1000)) -> None:
+def deblur(
+    out: Path, resume: bool = False, steps: int = 1800, slow: tuple[int, int] = (2600, 1000), memory: str | None = None
+) -> None:
     """Hierarchical training from the denoiser's weights; nothing bounds the network's Lipschitz constant.
 
     The rate falls along a cosine of 2600 steps for the first 1000, and from there along one of 1800.
@@ -83,7 +117,7 @@ def deblur(out: Path, resume: bool = False, steps: int = 1800, slow: tuple[int, 
     unit: Any = denoiser(out, resume=True).units[0]
     net = Deconvolution(unit.config)
     net.unit.load_state_dict(unit.state_dict())
-    run: dict[str, Any] = {"lr": 5e-4, "out": out, "name": "hodl-deblur"}
+    run: dict[str, Any] = {"lr": 5e-4, "out": out, "name": "hodl-deblur", "memory": memory, "compiled": [net.unit]}
     fit_hierarchically(net, steps=slow[0], stop=slow[1], resume=resume, **run)
     record = fit_hierarchically(net, steps=steps, resume=True, **run)
     finish(net, out, "hodl-deblur", record, "free network, trained first as hodl-denoiser")
