@@ -47,6 +47,13 @@ class Cleaning:
     test: Samples
     ridge: float = 1e-3
 
+    def to(self, device: torch.device) -> Cleaning:
+        """The same draw there; whoever cleans it then computes there."""
+        train, clean, held, test = (
+            Samples(*(t.to(device) for t in part)) for part in (self.train, self.clean, self.held, self.test)
+        )
+        return Cleaning(train, self.wrong.to(device), clean, held, test, self.ridge)
+
     def lower(self, u: Tensor, w: Tensor) -> Tensor:
         """The weighted training loss of ``u`` (classes, d), weights ``sigmoid(w)``."""
         losses = cross_entropy(self.train.x @ u.T, self.train.y, reduction="none")
@@ -121,9 +128,9 @@ def gradient(problem: Cleaning, share: float = ALPHA) -> descent:
     return descent(problem.lower, 2 * share / problem.lipschitz)
 
 
-def rhg(problem: Cleaning) -> tuple[Callable, Any]:
-    """Reverse mode through all steps.  Source: Franceschi et al., ICML 2017."""
-    return gradient(problem), Unrolled()
+def rhg(problem: Cleaning, memory: str = "full") -> tuple[Callable, Any]:
+    """Reverse mode through all steps; ``memory`` as in `odlkit.bilevel.Unrolled`.  Source: Franceschi et al., ICML 2017."""
+    return gradient(problem), Unrolled(memory)
 
 
 def trhg(window: int) -> Method:
@@ -141,16 +148,18 @@ def ns(terms: int) -> Method:
     return lambda problem: (gradient(problem), Implicit("neumann", tol=0, max_iter=terms))
 
 
-def hodl(mu: float = 0.0, alpha: float = ALPHA) -> Method:
+def hodl(mu: float = 0.0, alpha: float = ALPHA, window: int | None = None) -> Method:
     """sHODL, ``T = I + alpha (D - I)`` with the longest non-expansive D; for ``mu > 0`` aHODL, with steps on the upper loss.
 
-    sHODL is `rhg`: of a gradient step, alpha only changes the length.  Source: HODL (3), (4), (5).
+    sHODL is `rhg`: of a gradient step, alpha only changes the length.  ``window``: differentiated as by `trhg`, which is not
+    HODL any more.  Source: HODL (3), (4), (5).
     """
+    way = Unrolled() if window is None else Truncated(window)
 
     def method(problem: Cleaning) -> tuple[Callable, Any]:
         x = problem.clean.x
         s = outer_step(Diagonal(), torch.linalg.matrix_norm(x, 2).item() ** 2 / len(x) / 2)
-        return aggregated(averaged(gradient(problem, 1.0), alpha), problem.upper, Diagonal(), mu, s), Unrolled()
+        return aggregated(averaged(gradient(problem, 1.0), alpha), problem.upper, Diagonal(), mu, s), way
 
     return method
 
