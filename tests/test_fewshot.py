@@ -158,6 +158,33 @@ def test_folders_of_classes_become_one_tensor(tmp_path):
         fs.class_folders(tmp_path / "cat")
 
 
+def test_mini_imagenet_is_trained_on_and_measured_where_it_is(tmp_path, monkeypatch):
+    """On invented classes in its layout, from folders to the record."""
+    from PIL import Image
+
+    from odlkit.bench import fewshot as bench
+
+    monkeypatch.setenv("ODLKIT_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="expected MiniImageNet's pictures as .*mini-imagenet/train/CLASS"):
+        fs.mini("train")
+    letters = (255 * fs.glyphs(15, 6, seed=3)).byte().numpy()
+    for i, letter in enumerate(letters):
+        folder = tmp_path / "mini-imagenet" / ("train", "val", "test")[i // 5] / f"n{i:02d}"
+        folder.mkdir(parents=True)
+        for j, picture in enumerate(letter):
+            Image.fromarray(picture[0]).convert("RGB").save(folder / f"{j}.png")
+    fs.mini_features(tmp_path / "out", steps=2, width=4, side=32)
+    card = json.loads((tmp_path / "out" / "hodl-fewshot-mini.json").read_text())
+    assert card["network"]["channels"] == 3 and card["steps"] == 2 and card["recipe"] == "odlkit train hodl-fewshot-mini"
+    monkeypatch.setattr(bench, "SHORT", 2)
+    monkeypatch.setattr(bench, "SEEDS", (0, 1))
+    record = bench.mini(side=32)
+    rows = {row["method"]: row for row in record["rows"]}
+    assert rows.keys() == fs.METHODS.keys() and rows["ahodl"]["paper"] == 49.08 and rows["first-order"]["paper"] is None
+    assert all(0 < row["five_way"][0] <= 100 and "twenty_way" not in row for row in rows.values())
+    assert len(record["data"]["mini-imagenet"]) == 64
+
+
 def test_the_recipe_learns_and_writes_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(fs, "omniglot", lambda part: fs.glyphs(124, 8))
     fs.omniglot_features(tmp_path, steps=3, width=4)

@@ -41,6 +41,7 @@ PLACES = {
     "hodl-constrained": "odlkit.bench.hodl_sparse:constrained",
     "fewshot-omniglot": "odlkit.bench.fewshot:omniglot",
     "fewshot-methods": "odlkit.bench.fewshot:methods",
+    "fewshot-mini": "odlkit.bench.fewshot:mini",
     "hodl-deblur": "odlkit.bench.hodl_deblur:run",
     "hodl-rain": "odlkit.bench.hodl_rain:run",
     "gan-ring": "odlkit.bench.gan:run",

@@ -29,6 +29,7 @@ RECIPES = {
     "dgunet-denoise-paper": "odlkit.training.paper:denoise",
     "hodl-denoiser": "odlkit.training.hodl:denoiser",
     "hodl-fewshot": "odlkit.training.fewshot:omniglot_features",
+    "hodl-fewshot-mini": "odlkit.training.fewshot:mini_features",
     "first-order-fewshot": "odlkit.training.fewshot:first_order",
     "hodl-deblur": "odlkit.training.hodl:deblur",
     "hodl-deblur-nonexpansive": "odlkit.training.hodl:deblur_nonexpansive",

@@ -24,7 +24,7 @@ from odlkit.bilevel import Implicit, Truncated, Unrolled, descent, hypergradient
 from odlkit.models.hodl import Diagonal, Map, aggregated, averaged
 from odlkit.networks import Features
 from odlkit.training.loop import fit, ship
-from odlkit.training.padnet import best_device
+from odlkit.training.machine import best_device, times
 
 SIDE, HELD_OUT = 28, 100  # pixels; classes of the background set that are for validation
 STEPS, RIDGE, SHARPNESS = 10, 1e-3, 10.0  # K, lambda, and the factor on the logits of the upper loss
@@ -50,6 +50,18 @@ def omniglot(part: str) -> Tensor:
     path = next(path for path in data.files("omniglot") if part in path.name)
     ink = torch.from_numpy(~np.load(path)["images"])
     return torch.stack([nnf.interpolate(c[:, None].float(), (SIDE, SIDE), mode="area") for c in ink])
+
+
+def mini(part: str, side: int = 84) -> Tensor:
+    """`class_folders` of MiniImageNet's ``train``, ``val`` or ``test``, from ``mini-imagenet`` in the data folder.
+
+    The set may not be passed on with this package, so it is not in the registry: whoever has it puts it there.  Raises
+    `DataNotFound` where it is not.
+    """
+    folder = data.root() / "mini-imagenet" / part
+    if not folder.is_dir():
+        raise data.DataNotFound(f"data: expected MiniImageNet's pictures as {folder}/CLASS/*.jpg, the folder does not exist")
+    return class_folders(folder, side)
 
 
 def turned(classes: Tensor) -> Tensor:
@@ -192,9 +204,7 @@ def task_loss(net: nn.Module, task: Episode, method: str = "shodl") -> Tensor:
     held = {key: value.detach() for key, value in f.items()}
     if way is None:
         return upper(solve(step, held, start), f)
-    found = hypergradient(step, upper, held, start, steps=STEPS, way=way)
-    pulled = sum((f[key] * found.gradient[key]).sum() for key in f)
-    return pulled + (found.value - pulled.detach())
+    return hypergradient(step, upper, held, start, steps=STEPS, way=way).attached(f)
 
 
 def solve(step: Map, w: Any, start: Tensor) -> Tensor:
@@ -251,7 +261,7 @@ def train(
     net.to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
-        task = episode(classes, ways, 1, queries, tasks, generator)
+        task = episode(classes, ways, 1, queries, times(tasks), generator)
         return task_loss(net, Episode(*(part.to(device) for part in task)), method)
 
     def validate() -> float:
@@ -260,7 +270,8 @@ def train(
         net.train()
         return score
 
-    return fit(net, loss, validate=validate, steps=steps, lr=lr, out=out, name=name, resume=resume, seed=seed)
+    return fit(net, loss, validate=validate, steps=steps, lr=lr, out=out, name=name, resume=resume, seed=seed,
+               compiled=[net])  # fmt: skip
 
 
 def omniglot_features(
@@ -280,6 +291,19 @@ def omniglot_features(
     schedule = {"depth": STEPS, "ridge": RIDGE, "alpha": ALPHA, "ways": 20, "shots": 1, "method": method}
     network = {"kind": "features", **net.config}
     ship(net, out, name, record, what=what, data=data_words, network=network, schedule=schedule)
+
+
+def mini_features(out: Path, resume: bool = False, steps: int = 20_000, width: int = 64, side: int = 84) -> None:
+    """Features for MiniImageNet by sHODL, 5-way 1-shot, four tasks a step; for a GPU."""
+    torch.manual_seed(0)
+    net, name = Features(width, channels=3), "hodl-fewshot-mini"
+    seen, held = mini("train", side), mini("val", side)
+    queries = min(15, seen.shape[1] - 1)
+    record = train(net, seen, held, out, ways=5, tasks=4, queries=queries, steps=steps, name=name, resume=resume)
+    what = f"features for few-shot learning on MiniImageNet: four convolutions; {METHODS['shodl'].what}"
+    schedule = {"depth": STEPS, "ridge": RIDGE, "alpha": ALPHA, "ways": 5, "shots": 1, "method": "shodl"}
+    about = f"MiniImageNet's training classes ({len(seen)}); {len(held)} more are the validation set"
+    ship(net, out, name, record, what=what, data=about, network={"kind": "features", **net.config}, schedule=schedule)
 
 
 def first_order(out: Path, resume: bool = False, steps: int = 3000, width: int = 64) -> None:
