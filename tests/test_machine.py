@@ -32,7 +32,7 @@ def run(model, loss, out, compiled=(), **how) -> dict:
 
 def test_words_that_nobody_knows_are_refused():
     for bad in ({"device": "tpu"}, {"precision": "fp8"}, {"times": 0}):
-        (name,) = bad
+        name = {"times": "batch"}.get(*bad, *bad)
         with pytest.raises(ValueError, match=f"{name}: expected"):
             Machine(**bad)
     if not torch.cuda.is_available():
@@ -188,6 +188,12 @@ def test_a_recipe_with_nothing_to_compile_says_so(tmp_path):
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    with machine.on(Machine("cpu", backend="inductor")), pytest.raises(ValueError, match="compile: expected a C.. compiler"):
+        machine.prepare([torch.nn.Linear(1, 1)])
+
+
 # -- larger batches
 
 
@@ -298,7 +304,9 @@ def test_a_recipe_runs_as_it_is_told(tmp_path, monkeypatch):
     "words, told",
     [
         (["gdc-flow", "--memory", "rebuilt"], "memory: expected no value, the recipe gdc-flow does not use it"),
-        (["gdc-flow", "--batch", "0"], "times: expected 1 or more"),
+        (["gdc-flow", "--batch", "0"], "batch: expected 1 or more"),
+        (["padnet-gradient", "--batch", "2"], "batch: expected no value, this recipe runs on the processor"),
+        (["padnet-gradient", "--compile"], "compile: expected no value, this recipe runs on the processor"),
         (["gdc-flow", "--precision", "fp8"], "precision: "),
     ],
 )

@@ -48,7 +48,8 @@ def enhance(
     outcome = MODELS[model].run(dark, steps, progress)
     x, u = outcome.x[:, : y.shape[1]], outcome.result.x.flatten(1)
     gain = (1 / u.clamp_min(LEAST)).mean().item()
-    notes = [f"noise: everything was multiplied by {gain:.0f} on average, noise too"] if gain > GAIN else []
+    hint = "" if model == "hodl-denoised" else "; --model hodl-denoised takes it away"
+    notes = [f"noise: everything was multiplied by {gain:.0f} on average, noise too{hint}"] if gain > GAIN else []
     told = report("lowlight", model, clock, [outcome], y, x, notes=notes,
                   illumination={"mean": u.mean(1).tolist(), "least": u.amin(1).tolist()})  # fmt: skip
     told["certificate"]["of"] = "the illumination; how bright the scene was, one picture cannot say"

@@ -219,22 +219,21 @@ def solve(step: Map, w: Any, start: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracies(features: nn.Module, tasks: Iterator[Episode]) -> Tensor:
     """The share of right answers in each task, heads trained by plain descent: the upper labels are only counted."""
-    found = []
+    found, where = [], next((p.device for p in features.parameters()), torch.device("cpu"))
     for task in tasks:
+        task = Episode(*(part.to(where) for part in task))
         f = through(features, task)
         start = torch.zeros(len(f["query"]), f["query"].shape[-1], int(task.seen.max()) + 1).to(f["query"])
         guess = (f["query"] @ solve(heads(task.seen), f, start)).argmax(-1)
         found.append((guess == task.asked).float().mean(1))
-    return torch.cat(found)
+    return torch.cat(found).cpu()
 
 
 def draws(classes: Tensor, ways: int, number: int, seed: int = 0, shots: int = 1, queries: int = 5, at_once: int = 10):
     """``number`` tasks by one seed, ``at_once`` at a time."""
     generator = torch.Generator().manual_seed(seed)
-    device = best_device()
     for first in range(0, number, at_once):
-        count = min(at_once, number - first)
-        yield Episode(*(part.to(device) for part in episode(classes, ways, shots, queries, count, generator)))
+        yield episode(classes, ways, shots, queries, min(at_once, number - first), generator)
 
 
 # -- the recipe

@@ -25,7 +25,7 @@ from odlkit.models.hodl_light import Illumination, coarse
 from odlkit.networks.lipschitz_cell import OPERATIONS, certified, normalized
 from odlkit.training.camera import display, linear
 from odlkit.training.loop import fit, log_error, ship
-from odlkit.training.machine import times
+from odlkit.training.machine import best_device, times
 
 HELD_OUT, SIDE = 8, (320, 480)
 ALPHA_RATE = 0.01
@@ -113,7 +113,7 @@ def loss_of(net: Illumination, sample: Pictures, share: float, generator: torch.
 
     No network can know the exposure, and its errors would drown all others.
     """
-    y, x = sample(generator)
+    y, x = (t.to(best_device()) for t in sample(generator))
     with parametrize.cached():
         found, x = unroll(net, y), coarse(x, net.block)
     error = share * log_error(found, x)
@@ -124,7 +124,8 @@ def score(net: Illumination, held: Sequence[Pair]) -> float:
     """Mean PSNR in dB after the best factor, on the coarse grid."""
     net.eval()
     with torch.no_grad():
-        pairs = [(unroll(net, y)[-1], coarse(x, net.block)) for y, x in held]
+        there = [[t.to(best_device()) for t in pair] for pair in held]
+        pairs = [(unroll(net, y)[-1], coarse(x, net.block)) for y, x in there]
     net.train()
     return sum(psnr(fitting(v, x), x).item() for v, x in pairs) / len(pairs)
 
@@ -138,9 +139,9 @@ def search(out: Path, resume: bool = False, steps: tuple[int, int] = (200, 600))
     """
     torch.manual_seed(0)
     clear, held, pairs = split()
-    net = Illumination(width=8, depth=3, block=8)
+    net = Illumination(width=8, depth=3, block=8).to(best_device())
     normalized(net)
-    lower, upper = Pictures(clear[::2], pairs[::2], 0.2), Pictures(clear[1::2], pairs[1::2], 0.2)
+    lower, upper = (Pictures(clear[i::2], pairs[i::2], 0.2, times(2)) for i in (0, 1))
     alphas = [mixture.alpha.requires_grad_(False) for mixture in net.net.mixtures]
     optimiser = torch.optim.Adam(alphas, lr=ALPHA_RATE, betas=(0.5, 0.999))
 
@@ -167,14 +168,14 @@ def light(out: Path, resume: bool = False, steps: int = 600) -> None:
     cells = search(out, resume)
     torch.manual_seed(0)
     clear, held, pairs = split()
-    net = Illumination(cells=cells, block=8)
+    net = Illumination(cells=cells, block=8).to(best_device())
     normalized(net)
     darks = [(darkened(x, torch.Generator().manual_seed(i)), x) for i, x in enumerate(held)]
     run: dict[str, Any] = {"lr": 3e-3, "out": out, "name": "hodl-light", "resume": resume}
     loss = partial(loss_of, net, Pictures(clear, pairs, batch=times(4)), 0.25)
     record = fit(net, loss, validate=partial(score, net, darks), steps=steps, **run)
     certified(net)
-    stored = copy.deepcopy(net).half().float()
+    stored = copy.deepcopy(net.cpu()).half().float()
     found = json.loads((out / "hodl-light-search.json").read_text())
     ship(
         net,

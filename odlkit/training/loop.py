@@ -93,7 +93,7 @@ def fit(
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
     start, spent, history = 0, 0.0, []
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")  # a run moves between machines
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         if state.get("times", 1) != how.times:

@@ -7,10 +7,11 @@ same data everywhere.  Only networks compute in bfloat16: transforms, linear sol
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class Machine:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: expected auto or cpu, since CUDA is not available here, got 'cuda'")
         if self.times < 1:
-            raise ValueError(f"times: expected 1 or more, got {self.times}")
+            raise ValueError(f"batch: expected 1 or more times the recipe's, got {self.times}")
 
 
 _CHOSEN: ContextVar[Machine] = ContextVar("machine", default=Machine())  # noqa: B039 (frozen)
@@ -81,18 +82,29 @@ def times(batch: int) -> int:
     return batch * chosen().times
 
 
+def plain() -> None:
+    """For a recipe that runs on the processor, as it is.  Raises ``ValueError`` where it was told anything else."""
+    for name, value in asdict(chosen()).items():
+        if value not in (getattr(Machine(), name), "cpu"):
+            option = {"backend": "compile", "times": "batch"}.get(name, name)
+            raise ValueError(f"{option}: expected no value, this recipe runs on the processor and as it is")
+
+
 def prepare(parts: Sequence[nn.Module], validate: Callable[[], Any] | None = None) -> Callable[[], Any] | None:
     """Compile ``parts`` of a model in place, if that was asked for; returns ``validate`` so that it runs uncompiled.
 
     Parts are networks, whole; what lies around them, an iteration with transforms and linear solves, is left as it is.  They
     are compiled for the one shape that training has; validation has others, and would have every one of them compiled.
-    Raises ``ValueError`` where a recipe has no parts to offer: not all networks can be compiled, since torch.compile cannot
-    differentiate a gradient.
+    Raises ``ValueError`` where a recipe has no parts to offer, since torch.compile cannot differentiate a gradient, and where
+    the machine has no compiler.
     """
     if chosen().backend is None:
         return validate
     if not parts:
         raise ValueError("compile: expected no value, the networks of this recipe are not made for it")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if chosen().backend == "inductor" and best_device().type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("compile: expected a C++ compiler on this machine, g++ or clang++, found none")
     for part in parts:
         part.compile(backend=chosen().backend, dynamic=False)
     return validate and partial(_eagerly, validate)

@@ -24,6 +24,7 @@ from odlkit.networks import RBFUnit, ResidualNet
 from odlkit.operators import Blur, Gradient
 from odlkit.problem import Problem, norm_items
 from odlkit.propagate import Step, propagate
+from odlkit.training import machine
 from odlkit.training.kernels import random_kernel
 from odlkit.training.loop import commit, hardware, patches, save_weights
 
@@ -186,7 +187,11 @@ def _new_unit(config: dict, place: int, earlier: ResidualNet | None, seed: int) 
 
 
 def gradient(out: Path, resume: bool = False, count: int = 48, size: int = 96, steps: int = 200) -> None:
-    """Design one IPADNet and, starting from its units, one EPADNet for each p; save the weights of each with its card."""
+    """Design one IPADNet and, starting from its units, one EPADNet for each p; save the weights of each with its card.
+
+    On the processor, whose order of sums the stored replay keeps.
+    """
+    machine.plain()
     images = data.images("train400")
     y, kernel, truth = blurred(images[:-HELD_OUT], count, size, seed=0)
     yv, kernel_v, truth_v = blurred(images[-HELD_OUT:], HELD_OUT, size, seed=1)

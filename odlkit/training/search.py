@@ -27,6 +27,7 @@ from odlkit.metrics import psnr
 from odlkit.models.gdc_rain import RainNet
 from odlkit.networks.cells import HAND_MADE, Genotype, discretise, random_genotype
 from odlkit.training.loop import fit, log_error, save_weights, ship
+from odlkit.training.machine import best_device, times
 from odlkit.training.rain import COLOUR, rainy, scenes
 
 SEARCH = {"steps": 100, "before": 30, "batch": 4, "size": 48, "lr": 3e-3, "alpha_lr": 3e-2, "xi": 1e-2}
@@ -70,7 +71,8 @@ def search(
 
     name, at = f"gdc-search-order-{order}", SEARCH | ({"steps": steps} if steps else {})
     torch.manual_seed(seed)
-    net, generator = RainNet(width=width, **SMALLER), torch.Generator().manual_seed(seed)
+    device, generator = best_device(), torch.Generator().manual_seed(seed)
+    net = RainNet(width=width, **SMALLER).to(device)
     alphas = [net.G.alpha, net.d.alpha]
     rest = [p for p in net.parameters() if all(p is not a for a in alphas)]
     optimisers = [
@@ -78,12 +80,13 @@ def search(
         torch.optim.Adam(alphas, lr=at["alpha_lr"], betas=(0.5, 0.99)),
     ]
     images = scenes()[0]
-    sample = [partial(rainy, part, int(at["batch"]), int(at["size"]), generator) for part in (images[::2], images[1::2])]
+    batch, size = times(int(at["batch"])), int(at["size"])
+    sample = [partial(rainy, part, batch, size, generator) for part in (images[::2], images[1::2])]
     first, history, seconds = 0, [], 0.0
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / f"{name}.pt"
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         net.load_state_dict(state["net"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -91,7 +94,7 @@ def search(
         first, history, seconds = state["step"], state["history"], state["seconds"]
     clock = time.monotonic()
     for step in tqdm(range(first, int(at["steps"])), initial=first, total=int(at["steps"]), desc=name, mininterval=5):
-        train, val = (draw() for draw in sample)
+        train, val = ((x.to(device), y.to(device)) for x, y in (draw() for draw in sample))
         if step >= at["before"]:
             gradient, value = architecture_gradient(net, train, val, at["xi"], order)
             for key, parameter in net.named_parameters():
@@ -108,7 +111,7 @@ def search(
             state |= {"generator": generator.get_state(), "history": history, "seconds": seconds + time.monotonic() - clock}
             with atomic(checkpoint) as handle:
                 torch.save(state, handle)
-    found = {key: parameter.detach().round(decimals=4) for key, parameter in net.named_parameters() if key.endswith("alpha")}
+    found = {key: alpha.cpu().round(decimals=4) for key, alpha in split(net)[1].items()}
     about = {"order": order, "seconds": round(seconds + time.monotonic() - clock), "validation_losses": history}
     about |= {"alpha": {key: [[round(v, 4) for v in row] for row in a.tolist()] for key, a in found.items()}}
     (out / f"{name}.json").write_text(json.dumps(about) + "\n")
@@ -118,7 +121,7 @@ def search(
 def held_score(net: RainNet, held: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Mean PSNR in dB of the last stage."""
     with torch.no_grad():
-        return sum(psnr(net(y)[-1].clamp(0, 1), x).item() for x, y in held) / len(held)
+        return sum(psnr(net(y.to(best_device()))[-1].cpu().clamp(0, 1), x).item() for x, y in held) / len(held)
 
 
 def held_pairs() -> list[tuple[Tensor, Tensor]]:
@@ -137,10 +140,10 @@ def retrain(
     of phases, each with a cosine of its own from step 0, whose part before the phase is left out.
     """
     torch.manual_seed(seed)
-    net, draw = RainNet(*genotypes, **options), partial(rainy, scenes()[0], 8, size, heavy=0.0)
+    net, draw = RainNet(*genotypes, **options).to(best_device()), partial(rainy, scenes()[0], times(8), size, heavy=0.0)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x, y = draw(generator)
+        x, y = (t.to(best_device()) for t in draw(generator))
         return log_error(net(y), x)
 
     score: Callable[[], float] = partial(held_score, net, held_pairs())
