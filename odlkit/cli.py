@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import click
 
 from odlkit import __version__
+from odlkit.bench import SUITES
+from odlkit.training import RECIPES
 
 
 class Commands(click.Group):
@@ -104,6 +107,11 @@ def _device(name: str):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected auto or cpu, since CUDA is not available here, got 'cuda'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _listed(title: str, names: Iterable[str]) -> str:
+    """The names for the end of a help text, none of them broken."""
+    return "\b\n" + fill(f"{title}: {', '.join(names)}", 76, break_on_hyphens=False)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -253,7 +261,7 @@ def _certificate_line(entry: dict) -> str:
     )
 
 
-@main.command()
+@main.command(epilog=_listed("Recipes", RECIPES))
 @click.argument("recipe")
 @click.option("--out", default="runs", show_default=True, help="Folder for checkpoints, weights and card.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in that folder.")
@@ -287,13 +295,11 @@ def train(recipe, out, resume, device, precision, backend, times, memory, timeou
         make(Path(out), resume, **options)
 
 
-@main.command()
+@main.command(epilog=_listed("Suites", SUITES))
 @click.argument("suite")
 @click.option("--json", "target", default=None, help="A file, or - for standard output.")
 def bench(suite, target) -> None:
     """Measure a paper's table on the data at hand, with provenance."""
-    from odlkit.bench import SUITES
-
     if suite not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     _check_target(target, "json")

@@ -1,6 +1,7 @@
 """The command line's contract: files in, files out, exit codes, and one line on standard error for bad input."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from odlkit import cli, data, images, weights
+from odlkit.bench import SUITES
 from odlkit.operators import ValidBlur
 
 trained = pytest.mark.skipif("padnet-image" not in weights.cards(), reason="the network padnet-image is not installed")
@@ -230,6 +232,8 @@ def test_every_recipe_and_every_command_exists():
                   ["data", "check"], ["tasks"], ["models"]):  # fmt: skip
         result = odlkit(*words, "--help")
         assert result.exit_code == 0 and "Usage: odlkit" in result.stdout
+    for words, names in (("train", training.RECIPES), ("bench", SUITES)):  # none is broken at the end of a line
+        assert set(names) <= set(re.split(r"[\s,]+", odlkit(words, "--help").stdout))
     assert odlkit().exit_code == 0 and odlkit("--version").stdout.strip().endswith("0.1.0")
 
 

@@ -146,6 +146,16 @@ def test_glyphs_of_a_class_are_nearer_than_those_of_others():
     assert inside < 0.8 * across
 
 
+def test_shaken_letters_move_and_stay_themselves():
+    x = fs.glyphs(6, 4, seed=2)
+    assert torch.allclose(fs.shaken(x, seeded(), 0, 0, 0), x, atol=1e-5)
+    y = fs.shaken(x, seeded())
+    assert y.shape == x.shape and torch.equal(y, fs.shaken(x, seeded())) and y.min() >= 0 and y.max() <= 1 + 1e-6
+    assert (y - x).abs().mean() > 0.02 and 0.7 < y.mean() / x.mean() < 1.4
+    quarter = fs.shaken(x[:1, :1], torch.Generator().manual_seed(0), 0, 0, 0.2)  # a shift alone: the picture is in there
+    assert torch.nn.functional.conv2d(quarter[0], x[0, 0][None], padding=27).max() > 0.6 * x[0, 0].square().sum()
+
+
 def test_folders_of_classes_become_one_tensor(tmp_path):
     from PIL import Image
 

@@ -95,8 +95,8 @@ def prepare(parts: Sequence[nn.Module], validate: Callable[[], Any] | None = Non
 
     Parts are networks, whole; what lies around them, an iteration with transforms and linear solves, is left as it is.  They
     are compiled for the one shape that training has; validation has others, and would have every one of them compiled.
-    Raises ``ValueError`` where a recipe has no parts to offer, since torch.compile cannot differentiate a gradient, and where
-    the machine has no compiler.
+    Raises ``ValueError`` where a recipe has no parts to offer, since torch.compile cannot differentiate a gradient, and
+    where the machine has no compiler.
     """
     if chosen().backend is None:
         return validate
