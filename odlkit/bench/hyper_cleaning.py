@@ -1,8 +1,8 @@
 """Data hyper-cleaning: accuracy, F1 of the cleaning, time and memory of five methods on digits, MNIST and FashionMNIST.
 
-Every method has six settings.  The one that does best on other draws, by the mean of its accuracy on held-out clean samples
-and of its F1, runs on the five recorded draws.  All share the problem, the lower step length, the steps and the outer
-optimiser.  A sixth row has HODL's map and TRHG's gradient: which part does what.
+Every method has six settings.  On three other draws one is chosen by the accuracy on held-out clean samples and one by F1;
+both run on the five recorded draws.  All share the problem, the steps and the outer optimiser.  A sixth row has HODL's map
+and TRHG's gradient: which part does what.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from odlkit.training.machine import best_device
 SEEDS, CHOOSE = range(5), range(100, 103)  # drawn to record, and to choose settings with
 STEPS, OUTER = 50, 20
 BOTH = "HODL's map, TRHG's gradient"
+HODL = ((0.0, 0.9), (0.0, 0.99), (0.1, 0.99), (0.5, 0.9), (0.7, 0.5), (0.9, 0.9))  # mu and alpha
 SETTINGS: dict[str, dict[str, tuple[Method, float]]] = {  # method -> setting -> the method, Adam's learning rate
     "RHG": {f"lr {lr}": (rhg, lr) for lr in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)},
     "TRHG": {f"last {n}, lr {lr}": (trhg(n), lr) for n in (6, 12, 25) for lr in (0.4, 0.8)},
     "CG": {f"{n} iterations, lr {lr}": (cg(n), lr) for n in (5, 10, 20) for lr in (0.2, 0.4)},
     "NS": {f"{n} terms, lr {lr}": (ns(n), lr) for n in (6, 12, 25) for lr in (0.4, 0.8)},
-    "HODL": {f"mu {mu}, lr {lr}": (hodl(mu), lr) for mu in (0.0, 0.1, 0.5) for lr in (0.4, 0.8)},
+    "HODL": {f"mu {mu}, alpha {a}": (hodl(mu, a), 0.4) for mu, a in HODL},
     BOTH: {f"mu {mu}, last {n}, lr 0.4": (hodl(mu, window=n), 0.4) for mu in (0.0, 0.1, 0.5) for n in (12, 25)},
 }
 TABLE_8 = {  # accuracy and F1 in percent, in the order of SETTINGS
@@ -44,17 +45,18 @@ def cleaned(problem: Cleaning, setting: tuple[Method, float], outer: int = OUTER
     return clean(problem, setting[0], STEPS, outer, setting[1])
 
 
-def choose(name: str, bar: Any) -> dict[str, str]:
-    """Method -> its setting with the best sum of accuracy on held-out samples and F1, on draws that are not recorded."""
-    found: dict[str, str] = {}
+def choose(name: str, bar: Any) -> dict[str, dict[str, str]]:
+    """Method -> its best setting by ``accuracy`` on held-out samples and by ``f1``, on draws that are not recorded."""
+    found: dict[str, dict[str, str]] = {}
     problems = [task(name, seed).to(best_device()) for seed in CHOOSE]
     for method, settings in SETTINGS.items():
-        scores = {}
+        scores: dict[str, dict[str, float]] = {"accuracy": {}, "f1": {}}
         for label, setting in settings.items():
             runs = [(p, cleaned(p, setting)) for p in problems]
-            scores[label] = statistics.mean(p.held.accuracy(r.u) + f1(r.w, p.wrong) for p, r in runs)
+            scores["accuracy"][label] = statistics.mean(p.held.accuracy(r.u) for p, r in runs)
+            scores["f1"][label] = statistics.mean(f1(r.w, p.wrong) for p, r in runs)
             bar.update()
-        found[method] = max(scores, key=lambda label: scores[label])
+        found[method] = {key: max(of, key=lambda label: of[label]) for key, of in scores.items()}  # noqa: B023
     return found
 
 
@@ -68,8 +70,8 @@ def fresh(call: str) -> list[float]:
     return [round(float(word), 2) for word in run.stdout.split()]
 
 
-def probe(method: Method, steps: int = STEPS) -> None:
-    """Print the MiB by which a hypergradient on MNIST raises the peak, after a short one on digits, and its seconds."""
+def probe(method: Method, steps: int = STEPS, warm: int = STEPS) -> None:
+    """Print the MiB by which a hypergradient on MNIST raises the peak, after one on digits, and its seconds."""
     import torch
 
     def resident(key: str) -> float:
@@ -77,7 +79,7 @@ def probe(method: Method, steps: int = STEPS) -> None:
 
     torch.set_num_threads(1)
     small, large = task("digits", 0), task("mnist", 0)
-    clean(small, method, 4, 0, 0.1)
+    clean(small, method, warm, 0, 0.1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     seconds = clean(large, method, steps, 0, 0.1).seconds[-1]
@@ -89,7 +91,7 @@ def memory_modes() -> list[dict[str, Any]]:
     rows = []
     for steps in (200, 800, 3200):  # at 50 the peak is that of the process' other work
         for mode in MODES:
-            if found := fresh(f"probe(MODES[{mode!r}], {steps})"):
+            if found := fresh(f"probe(MODES[{mode!r}], {steps}, 4)"):
                 rows.append({"memory": mode, "steps": steps, "MiB": round(found[0], 1), "seconds": round(found[1], 1)})
     return rows
 
@@ -123,41 +125,42 @@ def run(progress: bool = False) -> dict[str, Any]:
     from tqdm import tqdm
 
     rows, curves, against = [], {}, {}
-    total = len(SIZES) * (sum(map(len, SETTINGS.values())) + len(SETTINGS) * len(SEEDS))
+    total = len(SIZES) * (sum(map(len, SETTINGS.values())) + len(SETTINGS))
     bar = tqdm(total=total, desc="hyper-cleaning", disable=not progress)
     for name in SIZES:
         chosen, problems = choose(name, bar), [task(name, seed).to(best_device()) for seed in SEEDS]
         scores: dict[str, dict[str, list[float]]] = {"accuracy": {}, "f1": {}}
-        for method, label in chosen.items():
-            runs: list[tuple[float, ...]] = []
-            kept: list[list[float]] = []
-            for p in problems:
-                r = cleaned(p, SETTINGS[method][label])
-                runs.append((100 * p.test.accuracy(r.u), 100 * f1(r.w, p.wrong), r.seconds[-1], r.loss[-1]))
-                kept = kept or [[p.test.accuracy(u) for u in r.states], r.loss, r.seconds]
-                bar.update()
-            accuracy, score, seconds, loss = map(list, zip(*runs, strict=True))
-            scores["accuracy"][method], scores["f1"][method] = accuracy, score
-            curves[f"{name}, {method}"] = {
-                key: [round(v, 4) for v in values]
-                for key, values in zip(("accuracy", "upper_loss", "seconds"), kept, strict=True)
-            }
+        for method, labels in chosen.items():
+            runs = {label: [cleaned(p, SETTINGS[method][label]) for p in problems] for label in set(labels.values())}
+            accuracy = {k: [100 * p.test.accuracy(r.u) for p, r in zip(problems, v, strict=True)] for k, v in runs.items()}
+            score = {k: [100 * f1(r.w, p.wrong) for p, r in zip(problems, v, strict=True)] for k, v in runs.items()}
+            bar.update()
+            label, other = labels["accuracy"], labels["f1"]
+            scores["accuracy"][method], scores["f1"][method] = accuracy[label], score[other]
+            first = runs[label][0]
+            curve = {"accuracy": [problems[0].test.accuracy(u) for u in first.states], "upper_loss": first.loss}
+            curve |= {"seconds": first.seconds}
+            curves[f"{name}, {method}"] = {key: [round(v, 4) for v in values] for key, values in curve.items()}
             rows.append({
                 "data": name,
                 "method": method,
                 "setting": label,
-                "accuracy": spread(accuracy),
-                "f1": spread(score),
-                "upper_loss": spread(loss, 3),
-                "seconds": round(statistics.median(seconds), 1),
+                "accuracy": spread(accuracy[label]),
+                "f1": spread(score[label]),
+                "upper_loss": spread([r.loss[-1] for r in runs[label]], 3),
+                "seconds": round(statistics.median(r.seconds[-1] for r in runs[label]), 1),
                 "MiB": next(iter(fresh(f"probe(SETTINGS[{method!r}][{label!r}][0])")), None) if name == "mnist" else None,
+                "setting_for_f1": other,
+                "accuracy_there": spread(accuracy[other]),
+                "best_f1": spread(score[other]),
                 "table_8": PAPER.get(name, {}).get(method),
             })  # fmt: skip
         rows += without(name, problems)
         against[name] = {key: beside(found) for key, found in scores.items()}
     return {
-        "claim": "Half of the labels wrong: accuracy and F1 in percent, mean and standard deviation over five draws. "
-        "Seconds are of the processor, for a whole run; MiB are the rise during one hypergradient",
+        "claim": "Half of the labels wrong: accuracy and F1 in percent, mean and standard deviation over five draws, in the "
+        "setting that was chosen by accuracy, then in the one chosen by F1. Seconds are of the processor, for a whole run; "
+        "MiB are the rise during one hypergradient",
         "rows": rows,
         **{
             f"hodl_within_one_standard_deviation_of_the_best_{key}": all(case[key]["met"] for case in against.values())
