@@ -810,3 +810,27 @@ def test_asymmetry_is_measured(dtype):
     assert asymmetry(lambda v: S @ v, S[0]) < torch.finfo(dtype).eps ** 0.5 / 10
     assert asymmetry(lambda v: A.to(dtype) @ v, S[0]) > 0.1
     assert asymmetry(lambda v: v + one_sided.to(dtype) @ v, S[0]) > torch.finfo(dtype).eps ** 0.5
+
+
+# The gradient for an optimiser.
+
+
+def test_an_attached_value_hands_its_gradient_on():
+    """To leaves as ``.grad``, to what they were computed from by the chain rule, times what the value is multiplied with."""
+    root = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    w = {"a": root.exp(), "b": torch.tensor(0.5, dtype=torch.float64, requires_grad=True)}
+    step = descent(lambda u, w: (u - w["a"]).square().sum() / 2 + w["b"] * u.square().sum() / 2, 0.3)
+    upper = lambda u, w: (u.sum() - 1).square() + w["b"] ** 2  # noqa: E731
+    found = hypergradient(step, upper, w, torch.zeros(2, dtype=torch.float64), steps=9)
+    value = found.attached(w)
+    assert torch.equal(value.detach(), found.value) and root.grad is None
+    (3 * value).backward()
+    assert torch.allclose(w["b"].grad, 3 * found.gradient["b"], atol=1e-14)
+    assert torch.allclose(root.grad, 3 * found.gradient["a"] * root.exp(), atol=1e-14)
+
+
+def test_a_value_is_attached_to_the_parameters_it_had():
+    w = torch.tensor(0.5, dtype=torch.float64)
+    found = hypergradient(descent(lambda u, w: (u - w).square() / 2, 0.5), lambda u, w: u**2, w, w)
+    with pytest.raises(ValueError, match="params: expected the tree of the gradient"):
+        found.attached({"w": w})

@@ -27,7 +27,8 @@ def joined(timeout: float = 300.0, **where: Any) -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started: ``(index of this one, how many)``; (0, 1) where nothing was started.
 
     ``timeout``: seconds that one waits for the others before `LostProcess`; a process that is gone is noticed at once.
-    ``where``: ``init_method``, ``rank``, ``world_size`` of `torch.distributed.init_process_group` instead of torchrun's.
+    By gloo, whatever the device: there a lost process is an exception.  ``where``: ``init_method``, ``rank``, ``world_size``
+    of `torch.distributed.init_process_group` instead of torchrun's.
     """
     if not where and "WORLD_SIZE" not in os.environ:
         yield 0, 1
