@@ -43,6 +43,7 @@ ALLOWED = {
     ("median", "hodl/hypergradients"): (10, "a cell is one way in full, with the assertion that it equals odlkit's"),
     ("median", "hodl/choosing-lambda"): (9, "a cell is one formula with its assertion, or one experiment with its verdict"),
     ("median", "pipelines/rain-streaks"): (7, "a cell is the step in its own lines, one run with its verdict, or one table"),
+    ("median", "beyond/hyper-cleaning"): (7, "a cell is one comparison of the methods, or one table of the record"),
     ("median", "beyond/few-shot"): (7, "a cell is one part of the bilevel problem, or one table of a record"),
     ("cells", "foundations/inverse-problems"): (19, "four operators and three runs, in short cells"),
 }
