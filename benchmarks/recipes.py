@@ -150,7 +150,7 @@ def main() -> None:
             times[name] = [seconds / how.get("times", 1) for seconds in times[name]]
         for name, how in programs.items():
             line = row(f"{recipe}, a step of {ITEMS[recipe]} items", name, times)
-            rows.append(line | {"MiB": None if how.get("backend") else memory_of(recipe, name)})
+            rows.append(line | {"MiB": None if how.get("backend") else round(memory_of(recipe, name), 1)})
             print(rows[-1], flush=True)
     finish(rows, options.json)
 
