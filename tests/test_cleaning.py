@@ -218,7 +218,7 @@ def test_less_memory_is_less_memory():
     if "mnist" not in data.available() or not Path("/proc/self/clear_refs").exists():
         pytest.skip("MNIST is not here, or memory cannot be watched")
     full, rebuilt = (bench.fresh(f"probe(MODES[{mode!r}], 400)")[0] for mode in ("full", "rebuilt"))
-    assert 0 < rebuilt < 0.2 * full
+    assert full > 30 and rebuilt < 0.2 * full  # 400 graphs of 0.19 MiB against 400 classifiers of 8 KiB
 
 
 def test_where_memory_cannot_be_watched_nothing_is_claimed(monkeypatch):
