@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import compare, finish, row
+from measure import compare, finish, fresh, rise, row
 from torch import Tensor, nn
 
 from odlkit.models.dgunet import DGUNet
@@ -78,24 +76,10 @@ def probe(task: str, program: str, setting: str, side: int, folder: Path) -> Non
 
     A call on the smallest picture comes first: it loads what is loaded once, and makes gradients and Adam's moments.
     """
-
-    def status(key: str) -> float:
-        return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
-
     net = network(program, setting, folder)
     TASKS[task](net, 16)()
     call = TASKS[task](net, side)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    call()
-    print(status("VmHWM") - before)
-
-
-def memory(*arguments: str) -> float:
-    """MiB of one fresh process; freed blocks of 64 KiB and more go back to the system at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    call = [sys.executable, __file__, "--probe", *arguments]
-    return float(subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout)
+    print(rise(call))
 
 
 def rows_of(setting: str, folder: Path, rounds: int) -> list[dict]:
@@ -108,7 +92,7 @@ def rows_of(setting: str, folder: Path, rounds: int) -> list[dict]:
         for name, net in nets.items():
             line = row(f"{setting}, {task}", name, times, bar=1.0 if name == "odlkit" else None)
             line |= {"parameters": sum(p.numel() for p in net.parameters()), "side": side, "side_memory": held}
-            line["MiB"] = memory(task, name, setting, str(held), str(folder))
+            line["MiB"] = fresh(__file__, "--probe", task, name, setting, str(held), str(folder.resolve()))
             rows.append(line)
             print(line, flush=True)
     return rows

@@ -6,11 +6,7 @@ wrong; the upper level is the loss on clean samples; the hypergradient is by ``p
 
 from __future__ import annotations
 
-import os
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +15,7 @@ from pathlib import Path
 
 import peers
 import torch
-from measure import arguments, compare, finish, row
+from measure import arguments, compare, finish, fresh, rise, row
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy
@@ -213,32 +209,20 @@ def error(found: Tensor, exact: Tensor) -> float:
 # Memory: the rise of the process' peak during one call, in a fresh process that has made the same call on a tiny problem.
 
 
-def resident(key: str) -> float:
-    """MiB of this process: ``VmRSS`` now, ``VmHWM`` at the peak."""
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def child(task: str, name: str, steps: int) -> None:
     """In the fresh process: print the rise in MiB."""
     torch.set_num_threads(1)
     program, problem = programs()[task][name], cleaning(*SIZES["large"])
     program(*cleaning(*SIZES["tiny"]), K)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    program(*problem, steps)
-    print(resident("VmHWM") - before)
+    print(rise(lambda: program(*problem, steps)))
 
 
 def memory(task: str, name: str, steps: int = K, repeats: int = 3) -> float | None:
-    """Median MiB of fresh processes; freed blocks of 64 KiB and more go back to the system at once."""
+    """Median MiB of fresh processes; None where memory cannot be watched."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    call = [sys.executable, "-W", "ignore", "-c", f"import hypergradient; hypergradient.child({task!r}, {name!r}, {steps})"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    runs = [subprocess.run(call, cwd=Path(__file__).parent, env=environment, capture_output=True) for _ in range(repeats)]
-    for failed in (run for run in runs if run.returncode):
-        raise RuntimeError(failed.stderr.decode())
-    return round(statistics.median(float(run.stdout.split()[-1]) for run in runs), 1)
+    call = f"import hypergradient; hypergradient.child({task!r}, {name!r}, {steps})"
+    return round(statistics.median(fresh("-c", call) for _ in range(repeats)), 1)
 
 
 # Ten outer steps: where the tolerance and the warm start of odlkit's adjoint solve pay.

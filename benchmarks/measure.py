@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +42,29 @@ def compare(programs: dict[str, Program], rounds: int, repeats: int = 1) -> dict
                 programs[name]()
             times[name].append((clock() - start) / repeats)
     return times
+
+
+def resident(key: str) -> float:
+    """MiB of this process: ``VmRSS`` now, ``VmHWM`` at the peak."""
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
+
+
+def rise(call: Program) -> float:
+    """MiB by which a call raises the peak of resident memory."""
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    call()
+    return resident("VmHWM") - before
+
+
+def fresh(*arguments: str) -> float:
+    """The last number that a fresh Python prints; there freed blocks of 64 KiB and more go back to the system at once."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    call = [sys.executable, "-W", "ignore", *arguments]
+    run = subprocess.run(call, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return float(run.stdout.split()[-1])
 
 
 def row(task: str, program: str, times: dict[str, list[float]], calls: int = 1, bar: float | None = None) -> dict:

@@ -6,16 +6,13 @@ the recipes' own networks, sizes and losses.  The floor is float32 without anyth
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, compare, finish, row
+from measure import arguments, compare, finish, fresh, rise, row
 from torch import Tensor
 
 from odlkit.models.dgunet import DGUNet
@@ -107,10 +104,6 @@ def step(recipe: str, memory: str | None = None, **how: Any) -> Callable[[], Non
 
 def probe(recipe: str, program: str) -> None:
     """In a fresh process: print the peak in MiB of one step above what weights, gradients and moments take."""
-
-    def status(key: str) -> float:
-        return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
-
     call = step(recipe, **(PROGRAMS | BY_PARTS)[program])
     if torch.cuda.is_available():
         call()
@@ -122,17 +115,7 @@ def probe(recipe: str, program: str) -> None:
     small = step(recipe, **(PROGRAMS | BY_PARTS)[program])
     small()  # loads what is loaded once; its blocks go back to the system
     del small
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    call()
-    print(status("VmHWM") - before)
-
-
-def memory_of(recipe: str, program: str) -> float:
-    """MiB of one fresh process; freed blocks of 64 KiB and more go back to the system at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    call = [sys.executable, __file__, "--probe", recipe, program]
-    return float(subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1])
+    print(rise(call))
 
 
 def main() -> None:
@@ -150,7 +133,7 @@ def main() -> None:
             times[name] = [seconds / how.get("times", 1) for seconds in times[name]]
         for name, how in programs.items():
             line = row(f"{recipe}, a step of {ITEMS[recipe]} items", name, times)
-            rows.append(line | {"MiB": None if how.get("backend") else round(memory_of(recipe, name), 1)})
+            rows.append(line | {"MiB": None if how.get("backend") else round(fresh(__file__, "--probe", recipe, name), 1)})
             print(rows[-1], flush=True)
     finish(rows, options.json)
 
