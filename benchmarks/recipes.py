@@ -18,7 +18,7 @@ from torch import Tensor
 from odlkit.models.dgunet import DGUNet
 from odlkit.models.hodl_deblur import Deconvolution
 from odlkit.networks import Features
-from odlkit.training import fewshot, hodl, machine, padnet
+from odlkit.training import fewshot, hodl, machine
 from odlkit.training.dgunet import SMALL, charbonnier
 from odlkit.training.loop import patches
 from odlkit.training.machine import Machine
@@ -43,15 +43,7 @@ def deblur(memory: str | None = None) -> tuple[torch.nn.Module, list[torch.nn.Mo
     """HODL's deconvolution: the model, its networks, the loss."""
     net = Deconvolution({"widths": hodl.WIDTHS}).train()
     net.mixed = machine.mixed()
-    images = pictures(1)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        if memory is None:
-            return padnet.deblurring_loss(partial(hodl.unroll, net), images, 96, generator, noise=hodl.NOISE, mixed=False)
-        x, kernel, sigma = padnet.crops(images, 96, generator, noise=hodl.NOISE)
-        return hodl.by_parts(net, x, *padnet.degrade(x, kernel, sigma, generator), sigma, memory)
-
-    return net, [net.unit], loss
+    return net, [net.unit], partial(hodl.hierarchical_loss, net, pictures(1), 96, memory=memory)
 
 
 def derain() -> tuple[torch.nn.Module, list[torch.nn.Module], Callable]:

@@ -102,11 +102,10 @@ def _check_target(path: str | None, name: str) -> None:
 
 
 def _device(name: str):
-    import torch
+    from odlkit.training.machine import Machine, best_device, on
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected auto or cpu, since CUDA is not available here, got 'cuda'")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    with on(Machine(name)):
+        return best_device()
 
 
 def _listed(title: str, names: Iterable[str]) -> str:

@@ -116,7 +116,6 @@ def frames() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 def run(progress: bool = False) -> dict[str, Any]:
     """End-point and angular errors of every frame and method; the paper's table, of other data, as context."""
-
     rows, held = [], True
     how, net = Settings(), weights.load("gdc-flow")
     methods: dict[str, Run] = {

@@ -9,6 +9,7 @@ Data: train400 only, blurred by random kernels; no benchmark image and no benchm
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,26 +82,35 @@ def by_parts(net: Deconvolution, x: Tensor, blur: Blur, b: Tensor, sigma: Tensor
     return hypergradient(step, upper, w, start, steps=last, way=Unrolled(memory)).attached(w)
 
 
+def hierarchical_loss(
+    net: Deconvolution,
+    images: Sequence[Tensor],
+    size: int,
+    generator: torch.Generator,
+    batch: int = 4,
+    memory: str | None = None,
+) -> Tensor:
+    """The loss of all stages on random crops, kernels, noise; ``memory`` as in `by_parts`, None for autograd as a whole."""
+    if memory is not None:
+        x, kernel, sigma = crops(images, size, generator, batch, NOISE)
+        return by_parts(net, x, *degrade(x, kernel, sigma, generator), sigma, memory)
+    with parametrize.cached():  # a normalized network is normalized once a step
+        return deblurring_loss(partial(unroll, net), images, size, generator, batch=batch, noise=NOISE, mixed=False)
+
+
 def fit_hierarchically(net: Deconvolution, size: int = 96, batch: int = 4, memory: str | None = None, **run: Any) -> dict:
     """Train everything in ``net`` through its K steps on random kernels and noise; returns the record of `fit`.
 
-    ``memory`` is that of `odlkit.bilevel.Unrolled`; None leaves the run to autograd as a whole.
+    ``memory`` is that of `hierarchical_loss`.
     """
     train, held = pictures()
     net.mixed = machine.mixed()
     net.to(machine.best_device())
-    restore = partial(unroll, net)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        if memory is not None:
-            x, kernel, sigma = crops(train, size, generator, batch, NOISE)
-            return by_parts(net, x, *degrade(x, kernel, sigma, generator), sigma, memory)
-        with parametrize.cached():  # a normalized network is normalized once a step
-            return deblurring_loss(restore, train, size, generator, batch=batch, noise=NOISE, mixed=False)
+    loss = partial(hierarchical_loss, net, train, size, batch=batch, memory=memory)
 
     def validate() -> float:
         net.eval()
-        score = deblurring_score(restore, held, (0.01, 0.03), 176)
+        score = deblurring_score(partial(unroll, net), held, (0.01, 0.03), 176)
         net.train()
         return score
 
